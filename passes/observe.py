@@ -1,0 +1,70 @@
+"""Markers of observed weights become observers on the activation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch.fx import GraphModule
+
+from quaff_fx.passes import matching
+from quaff_fx.passes.infrastructure import Change, PassResult
+
+OBSERVE = torch.ops.quaff.observe.default
+OBSERVE_OTHER_USE = torch.ops.quaff.observe_other_use.default
+
+
+@dataclass(frozen=True)
+class ObserveActivations:
+    """Watches the activation of every linear with a marked weight, and takes the marker away.
+
+        w = quaff.observe_weight(p, step_absmax, step_count, in_dim_seen)
+        y = linear(x, w, bias)
+
+    Becomes:
+
+        quaff.observe(x, step_absmax, step_count, in_dim_seen, 1, threshold)
+        y = linear(x, p, bias)
+
+    Runs after `NormalizeProducts`. The graph computes what it did before. A weight that something else reads as well
+    (an embedding, a convolution) gets `quaff.observe_other_use` and stays in float.
+
+    Attributes:
+        threshold: counts values over this multiple of the mean absolute value; 0 counts nothing.
+    """
+
+    threshold: float
+
+    def __call__(self, graph_module: GraphModule) -> PassResult:
+        changes = []
+        graph = graph_module.graph
+        for marker in [node for node in graph.nodes if matching.is_call(node, matching.OBSERVE_WEIGHT)]:
+            weight, step_absmax, step_count, in_dim_seen = marker.args
+            site = matching.site_name(marker)
+            for user, in_dim in matching_uses(marker):
+                with graph.inserting_before(user):
+                    if in_dim is None:
+                        graph.call_function(OBSERVE_OTHER_USE, (in_dim_seen,))
+                        changes.append(Change(site, "left alone", f"also used by {matching.describe_use(user)}"))
+                        continue
+                    x = user.args[0]
+                    graph.call_function(
+                        OBSERVE, (x, step_absmax, step_count, in_dim_seen, in_dim, float(self.threshold))
+                    )
+                    changes.append(Change(site, "observed"))
+            marker.replace_all_uses_with(weight)
+            graph.erase_node(marker)
+        return PassResult(graph_module, tuple(changes))
+
+
+def matching_uses(marker: torch.fx.Node) -> list[tuple[torch.fx.Node, int | None]]:
+    """Returns each user of a marker's weight with the dimension it reduces over: 1, 0 (transposed), None: no linear."""
+    uses: list[tuple[torch.fx.Node, int | None]] = []
+    for view, in_dim in ((marker, 1), *((user, 0) for user in marker.users if matching.transposed_operand(user))):
+        for user in view.users:
+            if in_dim == 1 and matching.transposed_operand(user) is not None:
+                continue
+            operands = matching.linear_operands(user)
+            is_weight = operands is not None and operands[1] is view and operands[0] is not view
+            uses.append((user, in_dim if is_weight else None))
+    return uses

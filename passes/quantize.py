@@ -1,0 +1,77 @@
+"""Markers of quantized weights and their linears become int8 linears."""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+
+import torch
+from torch.fx import GraphModule, Node
+
+from quaff_fx.passes import matching
+from quaff_fx.passes.infrastructure import Change, PassResult
+
+QUANTIZE_ACTIVATION = torch.ops.quaff.quantize_activation.default
+UPDATE_SMOOTHING_SCALE = torch.ops.quaff.update_smoothing_scale.default
+LINEAR = torch.ops.quaff.linear.default
+
+
+@dataclass(frozen=True)
+class QuantizeLinears:
+    """Rewrites marker + linear into a quantized activation and `quaff.linear`.
+
+        w = quaff.dequantize_weight(w_int8, w_scale, w_outlier, channels, w_absmax, s, next_s, 0.1, 127, True, dtype)
+        y = linear(x, w, bias)
+
+    Becomes:
+
+        detached = x.detach()
+        x_int8, x_scale, x_outlier = quaff.quantize_activation(detached, channels, s, 127)
+        next_s.copy_(quaff.update_smoothing_scale(detached, channels, w_absmax, s, 0.1))      # in training
+        y = quaff.linear(x, x_int8, x_scale, x_outlier, w_int8, w_scale, w_outlier, bias, 127)
+
+    Linears that read the same x with the same outlier state share the first three lines. The activation is detached
+    because its integers carry no gradient: `quaff.linear` has its own, dx = dy W, which needs neither s nor x.
+    Runs after `NormalizeProducts`. A marker that something else reads (or a linear that reduces over the
+    out-features) stays: it dequantizes and multiplies in float, which is right and slow, and is reported.
+    """
+
+    def __call__(self, graph_module: GraphModule) -> PassResult:
+        changes = []
+        graph = graph_module.graph
+        quantized: dict[tuple[Node, Node, Node, int], tuple[Node, Node, Node]] = {}
+        for node in list(graph.nodes):
+            operands = matching.linear_operands(node)
+            if operands is None or not matching.is_call(operands[1], matching.DEQUANTIZE_WEIGHT):
+                continue
+            x, marker, bias = operands
+            assert isinstance(x, Node) and isinstance(marker, Node)
+            w_int8, w_scale, w_outlier, channels, w_absmax, s, next_s, momentum, activation_max, training, _ = (
+                marker.args
+            )
+            assert isinstance(channels, Node) and isinstance(s, Node) and isinstance(activation_max, int)
+            key = (x, channels, s, activation_max)
+            with graph.inserting_before(node):
+                if key not in quantized:
+                    detached = graph.call_method("detach", (x,))
+                    result = graph.call_function(QUANTIZE_ACTIVATION, (detached, channels, s, activation_max))
+                    quantized[key] = tuple(graph.call_function(operator.getitem, (result, i)) for i in range(3))  # type: ignore[assignment]
+                    if training:
+                        updated = graph.call_function(
+                            UPDATE_SMOOTHING_SCALE, (detached, channels, w_absmax, s, momentum)
+                        )
+                        graph.call_method("copy_", (next_s, updated))
+                linear = graph.call_function(
+                    LINEAR, (x, *quantized[key], w_int8, w_scale, w_outlier, bias, activation_max)
+                )
+            linear.meta = dict(node.meta)
+            node.replace_all_uses_with(linear)
+            graph.erase_node(node)
+            changes.append(Change(matching.site_name(marker), "quantized"))
+        for marker in [node for node in graph.nodes if matching.is_call(node, matching.DEQUANTIZE_WEIGHT)]:
+            for user in marker.users:
+                reason = f"dequantized for {matching.describe_use(user)}, which is no linear over its in-features"
+                changes.append(Change(matching.site_name(marker), "left alone", reason))
+            if not marker.users:
+                graph.erase_node(marker)
+        return PassResult(graph_module, tuple(changes))

@@ -1,0 +1,45 @@
+"""What a legal graph is after each stage; the runner checks the result of the passes, not their intentions."""
+
+from __future__ import annotations
+
+from torch.fx import GraphModule
+
+from quaff_fx.errors import PassError
+from quaff_fx.passes import matching, observe, quantize
+from quaff_fx.passes.infrastructure import subgraphs
+
+
+def check_observed(graph_module: GraphModule) -> None:
+    """An observed graph has no marker left.
+
+    Raises:
+        PassError: it has.
+    """
+    for graph in subgraphs(graph_module):
+        for node in graph.graph.nodes:
+            if matching.is_call(node, *matching.MARKERS):
+                raise PassError(f"{node}: is a marker, expected none in an observed graph. Observe its uses.")
+
+
+def check_quantized(graph_module: GraphModule) -> None:
+    """In a quantized graph every `quaff.linear` reads one quantized activation, of its own x, with its own Q.
+
+    Raises:
+        PassError: it does not, or a marker is read by a linear that could have been rewritten.
+    """
+    for graph in subgraphs(graph_module):
+        for node in graph.graph.nodes:
+            if matching.is_call(node, quantize.LINEAR):
+                x, *parts = node.args[:4]
+                sources = {part.args[0] for part in parts}
+                source = sources.pop()
+                if sources or not matching.is_call(source, quantize.QUANTIZE_ACTIVATION):
+                    raise PassError(f"{node}: reads parts of {len(sources) + 1} activations, expected one.")
+                detached, _, _, activation_max = source.args
+                if detached.args[0] is not x or activation_max != node.args[-1]:
+                    raise PassError(f"{node}: reads {source} of another activation or range, expected of its own x.")
+            operands = matching.linear_operands(node)
+            if operands is not None and matching.is_call(operands[1], matching.DEQUANTIZE_WEIGHT):
+                raise PassError(f"{node}: multiplies a dequantized weight in float, expected {quantize.LINEAR}.")
+            if matching.is_call(node, observe.OBSERVE, matching.OBSERVE_WEIGHT):
+                raise PassError(f"{node}: observes, expected no observer in a quantized graph.")

@@ -1,0 +1,19 @@
+"""Fine-tuning with int8 weights and activations (Quaff), as a compiler pass: ``model = quaff_fx.compile(model)``."""
+
+from pathlib import Path as _Path
+
+# In a checkout `passes/` lies beside this folder and imports as `quaff_fx.passes`; an installed package has it inside.
+_root = _Path(__file__).resolve().parent.parent
+if (_root / "passes" / "pipeline.py").is_file() and str(_root) not in __path__:
+    __path__.append(str(_root))
+
+from quaff_fx.api import calibrate as calibrate
+from quaff_fx.api import compile as compile
+from quaff_fx.api import dequantize as dequantize
+from quaff_fx.config import QuaffConfig as QuaffConfig
+from quaff_fx.errors import QuaffError as QuaffError
+from quaff_fx.errors import QuaffWarning as QuaffWarning
+from quaff_fx.explain import explain as explain
+from quaff_fx.graphs import graphs as graphs
+
+__version__ = "0.1.0"

@@ -1,0 +1,121 @@
+"""What a person calls: `compile`, `calibrate`, `dequantize`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from quaff_fx import calls
+from quaff_fx.config import QuaffConfig
+from quaff_fx.errors import CalibrationError, ConfigError
+from quaff_fx.sites import find_blocks, find_sites, mark_outside
+from quaff_fx.stages import ATTRIBUTE, Stages
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def compile(model: Model, config: QuaffConfig | Mapping[str, Any] | None = None) -> Model:
+    """Prepares `model`, in place, for fine-tuning with int8 weights and activations; returns the same object.
+
+    The first ``config.calibration_steps`` training steps run in float and are observed; the next one converts the
+    frozen weights to int8, frees the float ones and compiles. Class, `forward` signature, hooks and everything that is
+    trainable stay as they are; the training loop does not change.
+
+    Args:
+        model: with some frozen weight matrices, usually a base model with a PEFT adapter.
+        config: a `QuaffConfig`, a mapping of its fields, or None for the defaults.
+
+    Raises:
+        ConfigError: the config is wrong, the model has nothing to quantize, or is compiled already. The model is left
+            as it was.
+    """
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"model: is a {type(model).__name__}, expected a torch.nn.Module. Pass the model itself.")
+    if config is None or isinstance(config, Mapping):
+        config = QuaffConfig(**(config or {}))
+    if not isinstance(config, QuaffConfig):
+        raise ConfigError(f"config: is a {type(config).__name__}, expected a QuaffConfig, a mapping or None. Pass one.")
+    for name, module in model.named_modules():
+        if hasattr(module, ATTRIBUTE):
+            raise ConfigError(
+                f"{name or 'model'}: was already compiled by quaff_fx, expected a plain model. Use it as it is, or call "
+                "quaff_fx.dequantize(model) first."
+            )
+        if calls.is_compiled(module):
+            raise ConfigError(
+                f"{name or 'model'}: was already compiled by torch.compile, expected an uncompiled model. "
+                "quaff_fx.compile compiles it; leave torch.compile out."
+            )
+    sites = find_sites(model, config)
+    blocks = find_blocks(model, sites) if config.scope == "blocks" else []
+    if blocks:
+        mark_outside(sites, blocks)
+    setattr(model, ATTRIBUTE, Stages(model, config, sites, blocks or [model]))
+    return model
+
+
+def calibrate(model: Model, batches: Iterable[Any], *, forward: Callable[[Model, Any], Any] | None = None) -> Model:
+    """Observes `batches` without training, then converts at once: for those who calibrate before, as the paper does.
+
+    Args:
+        model: compiled by `compile` and not yet converted.
+        batches: at least one; a mapping is passed as keywords, a tuple or list as arguments, a tensor as it is.
+        forward: how to run the model on a batch, if differently.
+
+    Raises:
+        CalibrationError: there was no batch, the model was converted before, or an activation was not finite.
+    """
+    stages = stages_of(model)
+    if stages.stage != "observe":
+        raise CalibrationError("model: its weights are int8 already, expected float ones. Calibrate before training.")
+    run = forward or _forward
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            for batch in tqdm(batches, desc="quaff_fx: calibrating", disable=not stages.config.progress, leave=False):
+                stages.observe_step(lambda batch=batch: run(model, batch), show=False)  # type: ignore[misc]
+    finally:
+        model.train(was_training)
+    if stages.steps == 0:
+        raise CalibrationError("batches: are empty, expected at least one. Pass some batches of the training data.")
+    stages.convert()
+    return model
+
+
+def dequantize(model: Model) -> Model:
+    """Gives `model` plain float weights again, in place, and takes the compiled calls away; returns the same object.
+
+    Before conversion the weights are the original ones; afterwards the int8 values times their scales, with the
+    outlier columns exact. Merge adapters or call `save_pretrained` after this.
+
+    Raises:
+        ConfigError: the model was not compiled by quaff_fx.
+    """
+    stages_of(model).uninstall()
+    return model
+
+
+def stages_of(model: nn.Module) -> Stages:
+    """Returns the `Stages` of a compiled model, also when it is wrapped (by DDP, say).
+
+    Raises:
+        ConfigError: there is none.
+    """
+    for module in model.modules():
+        stages = getattr(module, ATTRIBUTE, None)
+        if isinstance(stages, Stages):
+            return stages
+    raise ConfigError("model: was not compiled by quaff_fx, expected a compiled one. Call quaff_fx.compile(model).")
+
+
+def _forward(model: nn.Module, batch: Any) -> Any:
+    if isinstance(batch, Mapping):
+        return model(**batch)
+    if isinstance(batch, Tensor):
+        return model(batch)
+    return model(*batch)

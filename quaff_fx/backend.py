@@ -1,0 +1,112 @@
+"""The two Dynamo backends: observe (eager, starts at once) and quantize (Inductor).
+
+With `decompositions.py` and `calls.py` the only files of the package that touch torch's private modules
+(read in torch 2.13).
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.partitioners import min_cut_rematerialization_partition
+from torch._inductor.compile_fx import compile_fx
+from torch._inductor.decomposition import select_decomp_table
+from torch.fx import GraphModule
+
+from quaff_fx import decompositions
+from quaff_fx.passes import pipeline
+from quaff_fx.passes.infrastructure import Change
+
+
+@dataclass
+class CompiledGraph:
+    """One traced graph, as text at each stage, with what the passes changed.
+
+    Attributes:
+        stage: ``"observe"`` or ``"quantize"``.
+        captured: the traced graph with its markers. rewritten: the graph after the passes.
+        changes: what each pass did or left alone, in order.
+        graph_module, fake_inputs: the rewritten graph with fake inputs of the traced shapes, for `lower`.
+    """
+
+    stage: str
+    captured: str
+    rewritten: str
+    changes: tuple[Change, ...]
+    graph_module: GraphModule = field(repr=False)
+    fake_inputs: tuple[Any, ...] = field(repr=False)
+
+
+class ObserveBackend:
+    """Runs the observed graph as it is, without Inductor, so that the first step starts in seconds."""
+
+    def __init__(self, threshold: float, record: list[CompiledGraph]) -> None:
+        self.threshold = threshold
+        self.record = record
+
+    def __call__(self, graph_module: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        captured = graph_module.print_readable(print_output=False)
+        result = pipeline.observe(graph_module, self.threshold)
+        self.record.append(_compiled_graph("observe", captured, result.graph_module, result.changes, example_inputs))
+        return result.graph_module.forward
+
+
+class QuantizeBackend:
+    """Rewrites markers and linears into int8 linears and hands the graph to Inductor."""
+
+    def __init__(self, record: list[CompiledGraph]) -> None:
+        self.record = record
+        self.lock = threading.Lock()
+        decompositions.register()
+
+    def __call__(self, graph_module: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        captured = graph_module.print_readable(print_output=False)
+        result = pipeline.quantize(graph_module)
+        self.record.append(_compiled_graph("quantize", captured, result.graph_module, result.changes, example_inputs))
+        # Neither the FX graph cache nor AOTAutograd's looks at decompositions; this entry goes into both keys.
+        salt = {"unsafe_marked_cacheable_functions": {"quaff_fx.decompositions": decompositions.cache_salt()}}
+        compiled: Callable[..., Any] = compile_fx(result.graph_module, list(example_inputs), config_patches=salt)
+        return compiled
+
+
+def lower(graph_module: GraphModule, fake_inputs: Sequence[Any]) -> list[GraphModule]:
+    """Returns the graphs that Inductor gets: forward and backward, or one where nothing needs a gradient.
+
+    Runs AOTAutograd with Inductor's decompositions and partitioner on fake tensors; compiles nothing.
+    """
+    lowered: list[GraphModule] = []
+
+    def keep(graph: GraphModule, _: Sequence[Any]) -> Callable[..., Any]:
+        lowered.append(graph)
+        return graph.forward
+
+    decompositions.register()
+    compile_lowered = aot_autograd(
+        fw_compiler=keep,
+        bw_compiler=keep,
+        inference_compiler=keep,
+        decompositions=select_decomp_table(),
+        partition_fn=min_cut_rematerialization_partition,
+    )
+    # Otherwise the backward graph is lowered when a backward first runs.
+    with torch._functorch.config.patch(force_non_lazy_backward_lowering=True):
+        compile_lowered(graph_module, list(fake_inputs))
+    return lowered
+
+
+def _compiled_graph(
+    stage: str, captured: str, graph_module: GraphModule, changes: tuple[Change, ...], example_inputs: Sequence[Any]
+) -> CompiledGraph:
+    rewritten = graph_module.print_readable(print_output=False)
+    fake_inputs = tuple(
+        node.meta.get("example_value", example)
+        for node, example in zip(
+            (n for n in graph_module.graph.nodes if n.op == "placeholder"), example_inputs, strict=False
+        )
+    )
+    return CompiledGraph(stage, captured, rewritten, changes, graph_module, fake_inputs)

@@ -1,0 +1,94 @@
+"""In-place compilation of a module: the one compiled function that all blocks share."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+RECOMPILE_LIMIT = 64
+"""Graphs per stage before Dynamo gives up on a block; 8, the default, is used up by dynamic shapes and modes."""
+
+
+def _call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    # `_call_impl` and not the module itself: calling it would come back here.
+    return module._call_impl(*args, **kwargs)
+
+
+def compiled_call(backend: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns a function (module, args, kwargs) that runs a module's forward and hooks, compiled by `backend`.
+
+    One such function serves every block of a model: blocks of one class share its compiled graphs, and its limit of
+    recompilations is its own.
+    """
+    compiled: Callable[..., Any] = torch.compile(
+        _call, backend=backend, isolate_recompiles=True, recompile_limit=RECOMPILE_LIMIT
+    )
+    return compiled
+
+
+def install(module: nn.Module, call: Callable[..., Any]) -> None:
+    """Makes calls of `module` run ``call(module, args, kwargs)``, as `nn.Module.compile` does."""
+
+    @functools.wraps(module.forward)
+    def compiled_forward(*args: Any, **kwargs: Any) -> Any:
+        return call(module, args, kwargs)
+
+    # Not by attribute: a module that is being unpickled may have no `_parameters` yet.
+    module.__dict__["_compiled_call_impl"] = compiled_forward
+
+
+def call_eagerly(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Runs a module's forward and hooks without compiling them."""
+    return module._call_impl(*args, **kwargs)
+
+
+def unless_generating(compiled: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns `compiled`, except that a forward with a KV cache and without gradients runs eagerly.
+
+    A cache is indexed by the layer, so each layer would compile graphs of its own. Eager products are int8 as well
+    (`state.Int8Weight`), and one token is bound by reading the weights.
+    """
+
+    def call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        generating = not torch.is_grad_enabled() and _has_kv_cache((*args, *kwargs.values()))
+        return (call_eagerly if generating else compiled)(module, args, kwargs)
+
+    return call
+
+
+def _has_kv_cache(values: tuple[Any, ...]) -> bool:
+    transformers_cache = sys.modules.get("transformers.cache_utils")
+    return transformers_cache is not None and any(isinstance(value, transformers_cache.Cache) for value in values)
+
+
+@contextlib.contextmanager
+def without_kv_cache(model: nn.Module) -> Iterator[None]:
+    """Turns the default of ``use_cache`` off in the configs of a transformers model.
+
+    They ask for a KV cache in training too, which nobody reads, and which makes every layer a graph of its own. An
+    argument ``use_cache=True`` or ``past_key_values`` of the call still wins.
+    """
+    configs = {id(c): c for m in model.modules() if getattr(c := getattr(m, "config", None), "use_cache", None) is True}
+    for config in configs.values():
+        config.use_cache = False
+    try:
+        yield
+    finally:
+        for config in configs.values():
+            config.use_cache = True
+
+
+def uninstall(module: nn.Module) -> None:
+    """Makes calls of `module` run its own code again."""
+    module.__dict__.pop("_compiled_call_impl", None)
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Was `module` compiled, by `torch.compile`, `nn.Module.compile` or this package?"""
+    return module._compiled_call_impl is not None or isinstance(module, torch._dynamo.eval_frame.OptimizedModule)

@@ -1,0 +1,153 @@
+"""From observed to quantized: choose the outlier channels, make the weights int8, free the float ones."""
+
+from __future__ import annotations
+
+import gc
+import warnings
+import weakref
+from collections import defaultdict
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from quaff_fx import numerics, ops, state
+from quaff_fx.config import QuaffConfig
+from quaff_fx.errors import CalibrationError, QuaffWarning
+from quaff_fx.kernels import product
+from quaff_fx.sites import Site
+from quaff_fx.state import ObservedWeight, OutlierState, QuantizedWeight
+
+
+def observed(site: Site) -> ObservedWeight:
+    """Returns the statistics of a site that is being observed."""
+    weight_state = state.states_of(site.module)[site.parameter]
+    assert isinstance(weight_state, ObservedWeight)
+    return weight_state
+
+
+def convert(sites: Sequence[Site], config: QuaffConfig) -> None:
+    """Makes every observed site quantized, one by one, so that never more than one weight exists twice.
+
+    A site that no linear read gets its reason and its float weight back. Statistics are summed over all ranks of a
+    distributed run first, so that every rank chooses the same channels.
+
+    Raises:
+        CalibrationError: no linear read any of the sites; nothing is converted then.
+    """
+    sites = [site for site in sites if not site.reason]
+    _sum_over_ranks(sites)
+    reasons = {site.weight_name: _reason_not_read(site) for site in sites}
+    if all(reasons.values()):
+        raise CalibrationError(
+            f"model: none of its {len(sites)} frozen weights was read by a traced linear, expected at least one. "
+            "Look at quaff_fx.graphs(model) to see what was captured."
+        )
+    for site in sites:
+        site.reason = reasons[site.weight_name]
+        if site.reason:
+            state.restore(site.module, site.parameter)
+    sites = [site for site in sites if not site.reason]
+
+    held: list[tuple[str, weakref.ref[Tensor]]] = []
+    groups = _groups(sites) if config.share_activations else [[site] for site in sites]
+    with tqdm(total=len(sites), desc="quaff_fx: converting", disable=not config.progress, leave=False) as bar:
+        for group in groups:
+            outliers = _outlier_state(group, config)
+            for site in group:
+                weight = site.module._parameters[site.parameter]
+                assert weight is not None
+                held.append((site.weight_name, weakref.ref(weight)))
+                in_dim = int(observed(site).in_dim_seen)
+                q = product.activation_max(config.activation_bits, weight.device)
+                quantized = QuantizedWeight(weight, in_dim, outliers, q)
+                del weight
+                state.attach(site.module, state.states_of(site.module) | {site.parameter: quantized})
+                bar.update()
+    _warn_of_held_weights(held)
+
+
+def _reason_not_read(site: Site) -> str:
+    seen = int(observed(site).in_dim_seen)
+    if seen == ops.IN_DIM_UNSEEN:
+        return "no traced linear reads it"
+    if seen == ops.IN_DIM_CONFLICT:
+        return "not only linears over one dimension read it"
+    weight = site.module._parameters[site.parameter]
+    if weight is not None and not bool(torch.isfinite(weight).all()):
+        return "weight has non-finite values"
+    return ""
+
+
+def in_features(site: Site) -> int:
+    """K of a site whose orientation was seen."""
+    return site.shape[int(observed(site).in_dim_seen)]
+
+
+def hit_count(site: Site, config: QuaffConfig) -> int:
+    """How many channels of a site's input count as hits in a step when ranked by absmax; 0 before it was seen."""
+    seen = int(observed(site).in_dim_seen)
+    return numerics.outlier_count(site.shape[seen], config.budget_of(site.name)) if seen in (0, 1) else 0
+
+
+def _groups(sites: list[Site]) -> list[list[Site]]:
+    """Sites whose recorded statistics are equal bit for bit read the same activation.
+
+    The pass shares a quantized activation only if the traced activation is the same as well.
+    """
+    groups: dict[tuple[int, bytes], list[Site]] = defaultdict(list)
+    for site in sites:
+        statistics = observed(site).absmax_sum[: in_features(site)]
+        groups[in_features(site), statistics.cpu().numpy().tobytes()].append(site)
+    return list(groups.values())
+
+
+def _outlier_state(group: list[Site], config: QuaffConfig) -> OutlierState:
+    """Chooses the outlier channels of one activation and their first smoothing scale.
+
+    A group's weight absmax is the geometric mean of its sites': the maximum would leave the site with the smallest
+    weights (v_proj) too little smoothing, the minimum would give the others too much.
+    """
+    first = observed(group[0])
+    size = in_features(group[0])
+    absmax = first.absmax_sum[:size] / max(first.steps, 1)
+    budget = max(config.budget_of(site.name) for site in group)
+    count = numerics.outlier_count(size, budget)
+    channels = numerics.stable_outlier_channels(first.hits[:size], absmax, count)
+    columns = []
+    for site in group:
+        weight = site.module._parameters[site.parameter]
+        assert weight is not None
+        in_dim = int(observed(site).in_dim_seen)
+        columns.append(weight.detach().index_select(in_dim, channels).abs().amax(dim=1 - in_dim).float())
+    w_absmax = torch.stack(columns).log().mean(dim=0).exp()
+    return OutlierState(channels, w_absmax, absmax.index_select(0, channels), config.momentum)
+
+
+def _sum_over_ranks(sites: Sequence[Site]) -> None:
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return
+    for site in sites:
+        statistics = observed(site)
+        for tensor in (statistics.hits, statistics.absmax_sum):
+            torch.distributed.all_reduce(tensor)
+        torch.distributed.all_reduce(statistics.in_dim_seen, op=torch.distributed.ReduceOp.MAX)
+        statistics.steps *= torch.distributed.get_world_size()
+
+
+def _warn_of_held_weights(held: list[tuple[str, weakref.ref[Tensor]]]) -> None:
+    """Warns if someone still holds a float weight: then it takes memory that should have been freed."""
+    gc.collect()
+    alive = [(name, weight) for name, reference in held if (weight := reference()) is not None]
+    if not alive:
+        return
+    optimizers = {type(o).__name__ for o in gc.get_objects() if isinstance(o, torch.optim.Optimizer)}
+    size = sum(weight.numel() * weight.element_size() for _, weight in alive) / 2**20
+    holder = f" An optimizer ({', '.join(sorted(optimizers))}) may have been built over them." if optimizers else ""
+    warnings.warn(
+        f"{alive[0][0]} and {len(alive) - 1} more float weights: {size:.1f} MiB are still referenced after conversion, "
+        f"expected to be freed.{holder} Give the optimizer only the parameters that require a gradient.",
+        QuaffWarning,
+        stacklevel=2,
+    )

@@ -1,0 +1,44 @@
+"""What Inductor sees of each `quaff` op: pointwise aten that it fuses, around one int8 product per direction.
+
+The decompositions are registered in Inductor's own table (read in torch 2.13): a table passed to `compile_fx` makes
+the graph cache unusable. The caches do not look at decompositions, so `cache_salt` goes into their key.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch._inductor.decomposition import decompositions
+
+from quaff_fx import numerics, ops
+from quaff_fx.kernels import cuda, product
+
+
+def _quantize_activation(
+    x: Tensor, outlier_channels: Tensor, smoothing_scale: Tensor, activation_max: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    return numerics.quantize_activation(ops.tokens_of(x), outlier_channels, smoothing_scale, activation_max)
+
+
+def register() -> None:
+    """Puts the decompositions into Inductor's table. Idempotent."""
+    for op, decomposition in (
+        (torch.ops.quaff.dequantize_weight.default, ops._dequantize_weight),
+        (torch.ops.quaff.update_smoothing_scale.default, ops._update_smoothing_scale),
+        (torch.ops.quaff.quantize_activation.default, _quantize_activation),
+        (torch.ops.quaff.linear.default, ops._linear),
+        (torch.ops.quaff.linear_grad_input.default, ops._linear_grad_input),
+    ):
+        decompositions[op] = decomposition
+
+
+def cache_salt() -> str:
+    """Returns a hash of the sources that decide what a cached graph computes."""
+    digest = hashlib.sha256()
+    for module in (numerics, ops, product, cuda):
+        digest.update(Path(str(module.__file__)).read_bytes())
+    digest.update(Path(__file__).read_bytes())
+    return digest.hexdigest()

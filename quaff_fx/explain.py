@@ -1,0 +1,145 @@
+"""`explain`: what became of every weight, and what it cost."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from dataclasses import dataclass
+
+from tabulate import tabulate
+from torch import nn
+
+from quaff_fx.api import stages_of
+from quaff_fx.kernels import product
+from quaff_fx.sites import Site
+from quaff_fx.state import ObservedWeight, QuantizedWeight
+
+SHOWN_CHANNELS = 4
+
+
+@dataclass(frozen=True)
+class Row:
+    """One weight matrix.
+
+    Attributes:
+        name: of the module. shape: of the weight. stage: ``"int8"``, ``"observed"`` or ``"float"``.
+        activation_bits: of its input, None in float. outlier_channels: the most stable first.
+        bytes_before, bytes_after: of the weight and all that replaces it. reason: why it is left alone.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    stage: str
+    activation_bits: int | None
+    outlier_channels: tuple[int, ...]
+    bytes_before: int
+    bytes_after: int
+    reason: str
+
+    @property
+    def flops(self) -> int:
+        """Multiply-adds per token."""
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What `explain` returns; `str` gives the table, the attributes the facts.
+
+    Attributes:
+        rows: every weight matrix in model order. stage: of the whole. steps, calibration_steps: done, of how many.
+        product: what computes the int8 products.
+    """
+
+    rows: tuple[Row, ...]
+    stage: str
+    steps: int
+    calibration_steps: int
+    product: str
+
+    @property
+    def int8_share(self) -> float:
+        """Share of the linear multiply-adds per token that are int8, in [0, 1]."""
+        return sum(row.flops for row in self.rows if row.stage == "int8") / max(1, sum(row.flops for row in self.rows))
+
+    @property
+    def bytes_before(self) -> int:
+        """Bytes of the rewritten weights in float."""
+        return sum(row.bytes_before for row in self.rows if not row.reason)
+
+    @property
+    def bytes_after(self) -> int:
+        """Bytes of the rewritten weights and all their state now."""
+        return sum(row.bytes_after for row in self.rows if not row.reason)
+
+    def __str__(self) -> str:
+        table = [
+            (
+                row.name,
+                "×".join(map(str, row.shape)),
+                f"{row.stage} (a{row.activation_bits})" if row.activation_bits else row.stage,
+                _channels(row.outlier_channels),
+                _mib(row.bytes_before),
+                _mib(row.bytes_after),
+                row.reason,
+            )
+            for row in self.rows
+            if not row.reason
+        ]
+        left_alone: dict[str, list[Row]] = defaultdict(list)
+        for row in self.rows:
+            if row.reason:
+                left_alone[row.reason].append(row)
+        for reason, rows in left_alone.items():
+            name = rows[0].name if len(rows) == 1 else f"{rows[0].name} and {len(rows) - 1} more"
+            before = _mib(sum(row.bytes_before for row in rows))
+            shapes = {row.shape for row in rows}
+            shape = "×".join(map(str, rows[0].shape)) if len(shapes) == 1 else "various"
+            table.append((name, shape, "float", "", before, before, reason))
+        headers = ("weight", "shape", "stage", "outlier channels", "MiB before", "after", "left alone because")
+        return tabulate(table, headers=headers) + "\n" + self.summary()
+
+    def summary(self) -> str:
+        """Returns the line under the table."""
+        if self.stage == "observe":
+            return f"observing: {self.steps} of {self.calibration_steps} calibration steps done, all weights are float"
+        int8 = sum(row.stage == "int8" for row in self.rows)
+        ratio = self.bytes_after / max(1, self.bytes_before)
+        return (
+            f"{int8} weights are int8: {self.int8_share:.1%} of all linear multiply-adds; weight memory "
+            f"{_mib(self.bytes_before)} → {_mib(self.bytes_after)} MiB ({ratio:.3f}); products: {self.product}"
+        )
+
+
+def explain(model: nn.Module) -> Explanation:
+    """Returns per weight what was rewritten, what was not and why, its outlier channels and bytes; print it.
+
+    Raises:
+        ConfigError: the model was not compiled by quaff_fx.
+    """
+    stages = stages_of(model)
+    rows = [_row(site, stages.weight_state(site)) for site in stages.sites]
+    device = next(stages.model.parameters()).device
+    return Explanation(
+        tuple(rows), stages.stage, stages.steps, stages.config.calibration_steps, product.describe(device)
+    )
+
+
+def _row(site: Site, weight: ObservedWeight | QuantizedWeight | None) -> Row:
+    before = math.prod(site.shape) * site.dtype.itemsize
+    if isinstance(weight, QuantizedWeight):
+        channels = tuple(weight.outliers.outlier_channels.tolist())
+        bits = 8 if weight.activation_max == 127 else 7
+        return Row(site.name, site.shape, "int8", bits, channels, before, weight.weight_bytes(), "")
+    stage = "observed" if isinstance(weight, ObservedWeight) else "float"
+    return Row(site.name, site.shape, stage, None, (), before, before, site.reason)
+
+
+def _channels(channels: tuple[int, ...]) -> str:
+    shown = " ".join(map(str, channels[:SHOWN_CHANNELS]))
+    rest = len(channels) - SHOWN_CHANNELS
+    return f"{shown} +{rest}" if rest > 0 else shown
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:.2f}"

@@ -1,0 +1,52 @@
+"""`graphs`: every traced graph as it was captured, rewritten and lowered."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from quaff_fx.api import stages_of
+from quaff_fx.backend import CompiledGraph, lower
+from quaff_fx.passes.infrastructure import Change
+
+
+@dataclass(frozen=True)
+class Graph:
+    """One traced graph; `str` shows all of it.
+
+    Attributes:
+        stage: ``"observe"`` or ``"quantize"``. captured: the graph as traced, with its markers.
+        rewritten: after the passes. changes: what they did.
+    """
+
+    stage: str
+    captured: str
+    rewritten: str
+    changes: tuple[Change, ...]
+    _compiled: CompiledGraph
+
+    @property
+    def lowered(self) -> tuple[str, ...]:
+        """The graphs that Inductor gets, forward and backward (one if nothing needs a gradient); traced at each read."""
+        graphs = lower(self._compiled.graph_module, self._compiled.fake_inputs)
+        return tuple(graph.print_readable(print_output=False) for graph in graphs)
+
+    def __str__(self) -> str:
+        parts = [("captured", self.captured), ("rewritten", self.rewritten)]
+        if self.stage == "quantize":
+            lowered = self.lowered
+            names = ("lowered forward", "lowered backward") if len(lowered) == 2 else ("lowered",) * len(lowered)
+            parts += zip(names, lowered, strict=True)
+        return "\n\n".join(f"# {self.stage}: {name}\n{text}" for name, text in parts)
+
+
+def graphs(model: nn.Module) -> tuple[Graph, ...]:
+    """Returns the graphs traced so far for `model`, oldest first. Blocks of one class share theirs.
+
+    Raises:
+        ConfigError: the model was not compiled by quaff_fx.
+    """
+    return tuple(
+        Graph(graph.stage, graph.captured, graph.rewritten, graph.changes, graph) for graph in stages_of(model).graphs
+    )

@@ -1,0 +1,333 @@
+"""The compiled int8 product and row quantizers for CPUs: builds the C++ files beside this one, and calls them.
+
+The library is compiled at first use (about 4 s) and kept in Inductor's cache. Torch's private
+`torch._inductor.codecache.CppCodeCache` does both; read in torch 2.13.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import re
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from quaff_fx.errors import ShapeError
+from quaff_fx.numerics import INT32_MAX_REDUCTION
+
+VARIANTS: dict[str, tuple[str, ...]] = {
+    "native": (),
+    "avx_vnni": ("-march=haswell", "-mavxvnni", "-DQUAFF_ISA_AVX_VNNI"),
+    "avx2": ("-march=haswell", "-DQUAFF_ISA_AVX2"),
+    "generic": ("-DQUAFF_ISA_GENERIC",),
+}
+"""Compiler flags of the variants that can be forced, for tests and benchmarks; "native" takes the best there is."""
+
+DEFAULT_VARIANT = os.environ.get("QUAFF_FX_CPU_VARIANT", "native")
+
+_NEEDED_CPU_FLAGS = {"avx_vnni": {"avx2", "fma", "f16c", "avx_vnni"}, "avx2": {"avx2", "fma", "f16c"}}
+_KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int32: 3}  # quaff::Kind in int8_isa.h
+_ACTIVATION_TOO_LARGE, _NO_MEMORY, _BAD_CHANNEL = 1, 2, 3  # quaff::Status in int8_gemm.cpp
+
+
+def int8_linear(
+    a_int8: Tensor,
+    w_int8: Tensor,
+    *,
+    transpose_w: bool,
+    activation_max: int,
+    a_scale: Tensor | None = None,
+    w_scale: Tensor | None = None,
+    a_outlier: Tensor | None = None,
+    w_outlier: Tensor | None = None,
+    bias: Tensor | None = None,
+    out_dtype: torch.dtype = torch.int32,
+    variant: str = DEFAULT_VARIANT,
+) -> Tensor:
+    """Returns ``acc * a_scale[:, None] * w_scale + a_outlier @ w_outlier + bias`` with ``acc = a wᵀ`` or ``a w``.
+
+    The integers are added up exactly in int32; the rest happens in float32 before the result leaves the registers.
+
+    Args:
+        a_int8: (T, K), or (T, N) with `transpose_w`; int8 in ±`activation_max`.
+        w_int8: (N, K) int8 in ±127.
+        transpose_w: False: ``a wᵀ``, C = N result columns; True: ``a w``, C = K.
+        activation_max: 127 or 63, a promise about `a_int8`. With 63 an AVX2 machine uses an instruction that would
+            saturate with larger values.
+        a_scale: (T,) float32. w_scale: (C,) float32. bias: (C,) float32. Each may be missing.
+        a_outlier: (T, O) float32. w_outlier: (O, C) float32. Both or neither.
+        out_dtype: float32, bfloat16 or float16; or int32 for ``acc`` itself, without scales.
+        variant: a key of `VARIANTS`.
+
+    Returns:
+        (T, C) of `out_dtype`.
+
+    Raises:
+        ShapeError: a shape, dtype or device does not fit, the reduction is so long that int32 could overflow, or
+            `a_int8` breaks the promise of ``activation_max=63``.
+        RuntimeError: the library cannot be built (`reason_unavailable`), or no memory is left.
+    """
+    _check("a_int8", a_int8, torch.int8, (None, None))
+    _check("w_int8", w_int8, torch.int8, (None, None))
+    tokens, reduction = a_int8.shape
+    columns = w_int8.shape[1] if transpose_w else w_int8.shape[0]
+    if w_int8.shape[0 if transpose_w else 1] != reduction:
+        raise ShapeError(
+            f"a_int8: has {reduction} columns, expected {w_int8.shape[0 if transpose_w else 1]} for a weight of shape "
+            f"{tuple(w_int8.shape)} with transpose_w={transpose_w}. Pass operands that fit."
+        )
+    if reduction > INT32_MAX_REDUCTION:
+        raise ShapeError(
+            f"a_int8: has {reduction} columns, expected at most {INT32_MAX_REDUCTION}. "
+            "An int32 accumulator could overflow; split the reduction."
+        )
+    _check_activation_max(activation_max)
+    if out_dtype not in _KINDS:
+        raise ShapeError(
+            f"out_dtype: is {out_dtype}, expected float32, bfloat16, float16 or int32. Convert the result afterwards."
+        )
+    if (a_outlier is None) != (w_outlier is None):
+        raise ShapeError("a_outlier: comes alone, expected together with w_outlier. Pass both or neither.")
+    outliers = 0 if a_outlier is None else a_outlier.shape[-1]
+    optional = {
+        "a_scale": (a_scale, (tokens,)),
+        "w_scale": (w_scale, (columns,)),
+        "a_outlier": (a_outlier, (tokens, outliers)),
+        "w_outlier": (w_outlier, (outliers, columns)),
+        "bias": (bias, (columns,)),
+    }
+    pointers: dict[str, int | None] = {}
+    alive = [a_int8.contiguous(), w_int8.contiguous()]  # what the pointers point to
+    for name, (tensor, shape) in optional.items():
+        if tensor is None:
+            pointers[name] = None
+            continue
+        if out_dtype == torch.int32:
+            raise ShapeError(f"{name}: is given, expected none with int32 results. Ask for a floating out_dtype.")
+        _check(name, tensor, torch.float32, shape)
+        alive.append(tensor.contiguous())
+        pointers[name] = alive[-1].data_ptr()
+
+    out = torch.empty(tokens, columns, dtype=out_dtype)
+    status = _library(variant).quaff_int8_linear(
+        alive[0].data_ptr(),
+        alive[1].data_ptr(),
+        tokens,
+        reduction,
+        columns,
+        transpose_w,
+        activation_max,
+        pointers["a_scale"],
+        pointers["w_scale"],
+        pointers["a_outlier"],
+        pointers["w_outlier"],
+        outliers,
+        pointers["bias"],
+        out.data_ptr(),
+        _KINDS[out_dtype],
+        torch.get_num_threads(),
+    )
+    if status == _ACTIVATION_TOO_LARGE:
+        raise ShapeError(
+            "a_int8: has absolute values over 63, expected at most activation_max=63. "
+            "Quantize and multiply with the same activation_max."
+        )
+    _raise_for(status)
+    return out
+
+
+def quantize_activation(
+    x: Tensor, outlier_channels: Tensor, smoothing_scale: Tensor, activation_max: int, *, variant: str = DEFAULT_VARIANT
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns the smoothed activation in int8, its scale per token, and the operand of the outlier correction.
+
+    ``x̂ = x / s`` with s_i = 1 outside the outlier channels, ``x_scale = absmax of the row of x̂ / Q``,
+    ``x_int8 = round(x̂ / x_scale)``, half to even, and ``x_outlier = x̂_O (s_O - 1)``. A row of zeros has scale 0; a
+    row with a non-finite value has scale NaN and zeros as integers.
+
+    Args:
+        x: (T, K) float32, bfloat16 or float16, rows at any distance from each other.
+        outlier_channels: (O,) int64, distinct, in [0, K). smoothing_scale: (O,) float32, at least 1.
+        activation_max: Q, 127 or 63.
+        variant: a key of `VARIANTS`.
+
+    Returns:
+        x_int8 (T, K) int8 in ±Q; x_scale (T,) float32; x_outlier (T, O) float32.
+
+    Raises:
+        ShapeError: a shape, dtype or device does not fit, or a channel is out of range.
+        RuntimeError: the library cannot be built (`reason_unavailable`), or no memory is left.
+    """
+    _check("outlier_channels", outlier_channels, torch.int64, (None,))
+    _check("smoothing_scale", smoothing_scale, torch.float32, tuple(outlier_channels.shape))
+    channels, smoothing = outlier_channels.contiguous(), smoothing_scale.contiguous()
+    return _quantize_rows("x", x, None, channels, smoothing, activation_max, variant)
+
+
+def quantize_gradient(
+    g: Tensor, w_scale: Tensor, activation_max: int, *, variant: str = DEFAULT_VARIANT
+) -> tuple[Tensor, Tensor]:
+    """Returns ``g ⊙ w_scale`` in int8 with a scale per token; zero and non-finite rows as in `quantize_activation`.
+
+    Args:
+        g: (T, N) float32, bfloat16 or float16, rows at any distance from each other. w_scale: (N,) float32.
+        activation_max: Q, 127 or 63.
+        variant: a key of `VARIANTS`.
+
+    Returns:
+        g_int8 (T, N) int8 in ±Q; g_scale (T,) float32.
+
+    Raises:
+        ShapeError: a shape, dtype or device does not fit.
+        RuntimeError: the library cannot be built (`reason_unavailable`), or no memory is left.
+    """
+    _check("w_scale", w_scale, torch.float32, (g.shape[-1] if g.ndim else None,))
+    return _quantize_rows("g", g, w_scale.contiguous(), None, None, activation_max, variant)[:2]
+
+
+def instruction_set(variant: str = DEFAULT_VARIANT) -> str:
+    """Returns "avx512_vnni", "avx_vnni", "avx2", "neon_dotprod" or "generic"; "none" where nothing can be built."""
+    if reason_unavailable(variant) is not None:
+        return "none"
+    name: bytes = _library(variant).quaff_instruction_set()
+    return name.decode()
+
+
+@functools.cache
+def reason_unavailable(variant: str = DEFAULT_VARIANT) -> str | None:
+    """Returns why the library cannot be used, in words, or None if it can. Compiles it at the first call."""
+    missing = _NEEDED_CPU_FLAGS.get(variant, set()) - _cpu_flags()
+    if missing:
+        return f"this CPU lacks {', '.join(sorted(missing))}"
+    try:
+        _library(variant)
+    except Exception as error:  # noqa: BLE001  no compiler, no OpenMP, a read-only cache, ...: all mean the same here
+        lines = [line for line in str(error).splitlines() if "error" in line.lower()] or str(error).splitlines()
+        return f"the kernel cannot be compiled ({type(error).__name__}: {lines[0] if lines else 'no message'})"
+    return None
+
+
+def source() -> str:
+    """Returns the C++ files joined into one, each local header in place of its first ``#include``."""
+    return _with_headers("int8_gemm.cpp", set())
+
+
+def _with_headers(name: str, seen: set[str]) -> str:
+    seen.add(name)
+    lines = []
+    for line in (Path(__file__).parent / name).read_text(encoding="utf-8").splitlines():
+        header = re.fullmatch(r'#include "(\w+\.h)"', line)
+        if header is None:
+            lines.append(line if line != "#pragma once" else "")
+        elif header[1] not in seen:
+            lines.append(_with_headers(header[1], seen))
+    return "\n".join(lines) + "\n"
+
+
+@functools.cache
+def _library(variant: str) -> ctypes.CDLL:
+    from torch._inductor.codecache import CppCodeCache
+
+    # Inductor's cache key holds "-march=native" but not what that means; a cache folder shared between machines would
+    # hand one machine's code to another.
+    processor = hashlib.sha256(" ".join(sorted(_cpu_flags())).encode()).hexdigest()
+    flags = (*VARIANTS[variant], "-ffp-contract=fast", "-Wno-maybe-uninitialized")  # the latter: gcc bug 105593
+    library: ctypes.CDLL = CppCodeCache.load(
+        f"// CPU features: {processor}\n{source()}", extra_flags=flags, needs_vec_isa=False
+    )
+    library.quaff_instruction_set.restype = ctypes.c_char_p
+    pointer, size, integer = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+    library.quaff_int8_linear.argtypes = (
+        *(pointer, pointer, size, size, size, integer, integer),  # a, w, sizes, transpose_w, activation_max
+        *(pointer, pointer, pointer, pointer, size, pointer),  # scales, outlier operands, outliers, bias
+        *(pointer, integer, integer),  # out, out_kind, threads
+    )
+    library.quaff_quantize_rows.argtypes = (
+        *(pointer, integer, size, size, size),  # x, x_kind, tokens, width, row_stride
+        *(pointer, pointer, pointer, size, integer),  # column_scale, channels, smoothing, outliers, activation_max
+        *(pointer, pointer, pointer, integer),  # x_int8, x_scale, x_outlier, threads
+    )
+    return library
+
+
+@functools.cache
+def _cpu_flags() -> frozenset[str]:
+    """The features the kernel reports for this CPU; elsewhere than on Linux just its name."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return frozenset([platform.machine(), platform.processor()])
+    lines = re.findall(r"^(?:flags|Features)\s*:(.*)$", text, flags=re.MULTILINE)
+    return frozenset([platform.machine(), *(lines[0].split() if lines else [])])
+
+
+def _quantize_rows(
+    name: str,
+    x: Tensor,
+    column_scale: Tensor | None,
+    channels: Tensor | None,
+    smoothing: Tensor | None,
+    activation_max: int,
+    variant: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    if x.dtype not in _KINDS or x.dtype == torch.int32:
+        raise ShapeError(f"{name}: is {x.dtype}, expected float32, bfloat16 or float16. Convert it first.")
+    _check(name, x, x.dtype, (None, None))
+    _check_activation_max(activation_max)
+    tokens, width = x.shape
+    if x.stride(1) != 1:
+        x = x.contiguous()
+    outliers = 0 if channels is None else channels.shape[0]
+    x_int8 = torch.empty(tokens, width, dtype=torch.int8)
+    x_scale, x_outlier = torch.empty(tokens), torch.empty(tokens, outliers)
+    status = _library(variant).quaff_quantize_rows(
+        x.data_ptr(),
+        _KINDS[x.dtype],
+        tokens,
+        width,
+        x.stride(0),
+        None if column_scale is None else column_scale.data_ptr(),
+        None if channels is None else channels.data_ptr(),
+        None if smoothing is None else smoothing.data_ptr(),
+        outliers,
+        activation_max,
+        x_int8.data_ptr(),
+        x_scale.data_ptr(),
+        x_outlier.data_ptr(),
+        torch.get_num_threads(),
+    )
+    if status == _BAD_CHANNEL:
+        raise ShapeError(
+            f"outlier_channels: has an index outside the {width} columns of {name}, expected 0 to {width - 1}. "
+            "Pass channels of this activation."
+        )
+    _raise_for(status)
+    return x_int8, x_scale, x_outlier
+
+
+def _check(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int | None, ...]) -> None:
+    """Raises unless a tensor is a strided CPU tensor of `dtype` and `shape`, where None stands for any size."""
+    if tensor.device.type != "cpu" or tensor.layout != torch.strided:
+        raise ShapeError(f"{name}: is {tensor.layout} on {tensor.device}, expected a dense CPU tensor. Move it first.")
+    if tensor.dtype != dtype:
+        raise ShapeError(f"{name}: is {tensor.dtype}, expected {dtype}. Convert it first.")
+    is_right = tensor.ndim == len(shape) and all(s is None or s == t for s, t in zip(shape, tensor.shape, strict=True))
+    if not is_right:
+        wanted = ", ".join("any" if size is None else str(size) for size in shape)
+        raise ShapeError(f"{name}: has shape {tuple(tensor.shape)}, expected ({wanted}). Pass a tensor that fits.")
+
+
+def _check_activation_max(activation_max: int) -> None:
+    if activation_max not in (63, 127):
+        raise ShapeError(f"activation_max: is {activation_max}, expected 127 or 63. Use one of these.")
+
+
+def _raise_for(status: int) -> None:
+    if status == _NO_MEMORY:
+        raise RuntimeError("int8 product: no memory for packed operands, expected a few MiB. Free some memory.")
+    assert status == 0, status

@@ -1,0 +1,131 @@
+// Quantizing rows: one scale per token, int8 values, and the thin outlier operand of the correction.
+#pragma once
+
+#include "int8_isa.h"
+
+namespace quaff {
+
+// Rows to quantize. Width is the number of columns; rows are row_stride values apart and of `kind`.
+struct Rows {
+  const void* x;
+  int kind;
+  int64_t width, row_stride;
+  const float* column_scale;  // (width,), null: 1. Every column is multiplied by it first.
+  const int64_t* channels;    // (outliers,) columns that are divided by smoothing
+  const float* smoothing;     // (outliers,)
+  int64_t outliers;
+  int limit;  // largest absolute value of the result
+};
+
+// Narrows four vectors of small integers to bytes.
+static inline void store_int8(int8_t* to, const vint (&values)[4]) {
+#if defined(QUAFF_AVX512)
+  for (int i = 0; i < 4; i++) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to + 16 * i), _mm512_cvtepi32_epi8((__m512i)values[i]));
+  }
+#elif defined(QUAFF_AVX2)
+  const __m256i low = _mm256_packs_epi32((__m256i)values[0], (__m256i)values[1]);
+  const __m256i high = _mm256_packs_epi32((__m256i)values[2], (__m256i)values[3]);
+  const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+  const __m256i bytes = _mm256_permutevar8x32_epi32(_mm256_packs_epi16(low, high), order);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), bytes);
+#else
+  typedef int8_t vsmall __attribute__((vector_size(kLanes)));
+  for (int i = 0; i < 4; i++) store(to + i * kLanes, __builtin_convertvector(values[i], vsmall));
+#endif
+}
+
+// round(x / scale), half to even, within +-limit. `inverse` is 1 / scale, or 0 where that would not be exact enough.
+static inline vint quantize_vector(vfloat x, float scale, float inverse, int limit) {
+  vfloat quotient;
+  if (inverse != 0.0f) {
+    // Division by one multiplication and one correction; correctly rounded (Markstein 1990) with fused operations.
+    quotient = x * inverse;
+#if defined(QUAFF_AVX512)
+    const vfloat rest = (vfloat)_mm512_fnmadd_ps((__m512)quotient, _mm512_set1_ps(scale), (__m512)x);
+    quotient = (vfloat)_mm512_fmadd_ps((__m512)rest, _mm512_set1_ps(inverse), (__m512)quotient);
+#elif defined(QUAFF_AVX2)
+    const vfloat rest = (vfloat)_mm256_fnmadd_ps((__m256)quotient, _mm256_set1_ps(scale), (__m256)x);
+    quotient = (vfloat)_mm256_fmadd_ps((__m256)rest, _mm256_set1_ps(inverse), (__m256)quotient);
+#elif defined(QUAFF_NEON)
+    const vfloat rest = (vfloat)vfmsq_n_f32((float32x4_t)x, (float32x4_t)quotient, scale);
+    quotient = (vfloat)vfmaq_n_f32((float32x4_t)quotient, (float32x4_t)rest, inverse);
+#else
+    quotient = x / scale;
+#endif
+  } else {
+    quotient = x / scale;
+  }
+  // Adding 1.5 * 2^23 leaves the rounded integer in the low bits of the sum.
+  vint value = (vint)(quotient + 12582912.0f) - 0x4b400000;
+  const vint above = value > limit, below = value < -limit;
+  value = (value & ~above) | ((vint{} + limit) & above);
+  return (value & ~below) | ((vint{} - limit) & below);
+}
+
+static inline float load_one(const void* from, int kind, int64_t index) {
+  char value[kLanes * 4] = {};  // a vector of which only the first lane counts
+  const int size = kind == kFloat32 ? 4 : 2;
+  std::memcpy(value, static_cast<const char*>(from) + index * size, size);
+  return load_kind(value, kind, 0)[0];
+}
+
+// Quantizes one row. `row` is scratch of width rounded up to 4 * kLanes floats.
+static void quantize_row(const Rows& rows, int64_t token, float* row, int8_t* x_int8, float* x_scale, float* x_outlier) {
+  const int64_t width = rows.width, whole = width / kLanes * kLanes;
+  const int64_t padded = (width + 4 * kLanes - 1) / (4 * kLanes) * (4 * kLanes);
+  const int size = rows.kind == kFloat32 ? 4 : 2;
+  const void* const x = static_cast<const char*>(rows.x) + token * rows.row_stride * size;
+  for (int64_t i = 0; i < whole; i += kLanes) {
+    vfloat value = load_kind(x, rows.kind, i);
+    if (rows.column_scale) value *= load<vfloat>(rows.column_scale + i);
+    store(row + i, value);
+  }
+  for (int64_t i = whole; i < padded; i++) {
+    row[i] = i < width ? load_one(x, rows.kind, i) * (rows.column_scale ? rows.column_scale[i] : 1.0f) : 0.0f;
+  }
+  for (int64_t o = 0; o < rows.outliers; o++) {
+    const float smooth = load_one(x, rows.kind, rows.channels[o]) / rows.smoothing[o];
+    row[rows.channels[o]] = smooth;
+    x_outlier[token * rows.outliers + o] = smooth * (rows.smoothing[o] - 1.0f);
+  }
+
+  // As integers, absolute values order like floats, with infinity and NaN on top.
+  vint largest[4] = {};
+  for (int64_t i = 0; i < padded; i += 4 * kLanes) {
+    for (int v = 0; v < 4; v++) {
+      const vint bits = load<vint>(row + i + v * kLanes) & 0x7fffffff;
+      largest[v] = largest[v] > bits ? largest[v] : bits;
+    }
+  }
+  int32_t top = 0;
+  for (int v = 0; v < 4; v++) {
+    for (int lane = 0; lane < kLanes; lane++) top = top > largest[v][lane] ? top : static_cast<int32_t>(largest[v][lane]);
+  }
+  float absmax;
+  std::memcpy(&absmax, &top, 4);
+  const bool is_finite = top < 0x7f800000;
+  const float scale = is_finite ? absmax / static_cast<float>(rows.limit) : __builtin_nanf("");
+  x_scale[token] = scale;
+  int8_t* const to = x_int8 + token * width;
+  if (!is_finite || scale == 0.0f) {
+    std::memset(to, 0, width);
+    return;
+  }
+  const float inverse = scale > 1e-30f && scale < 1e30f ? 1.0f / scale : 0.0f;
+  for (int64_t i = 0; i < width; i += 4 * kLanes) {
+    vint values[4];
+    for (int v = 0; v < 4; v++) {
+      values[v] = quantize_vector(load<vfloat>(row + i + v * kLanes), scale, inverse, rows.limit);
+    }
+    if (i + 4 * kLanes <= width) {
+      store_int8(to + i, values);
+    } else {
+      int8_t edge[4 * kLanes];
+      store_int8(edge, values);
+      std::memcpy(to + i, edge, width - i);
+    }
+  }
+}
+
+}  // namespace quaff

@@ -1,0 +1,180 @@
+"""The formulas, on tensors and numbers only. `docs/numerics.md` gives the source of each.
+
+Sizes: tokens T, in_features K, out_features N, outlier channels O. Every function works eagerly, under fake tensors
+and inside a decomposition that Inductor fuses; none looks at tensor values in Python.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from quaff_fx.errors import ShapeError
+
+WEIGHT_MAX = 127
+"""Largest absolute value of an int8 weight; -128 is never used, so signs can be swapped."""
+
+INT32_MAX_REDUCTION = (2**31 - 1) // (WEIGHT_MAX * 127)
+"""Longest reduction whose int32 accumulator cannot overflow."""
+
+
+def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns int8 weight and scale per out-feature: ``W ≈ w_int8 * w_scale[:, None]``.
+
+    ``w_scale = absmax over K of each row / 127``, ``w_int8 = round(W / w_scale)``. A row of zeros has scale 0.
+
+    Args:
+        weight: (N, K), floating point, finite.
+
+    Returns:
+        w_int8 (N, K) int8 in ±127; w_scale (N,) float32.
+
+    Raises:
+        ShapeError: `weight` is not a floating matrix, or K is too long for an int32 accumulator.
+
+    Source: per-row absmax as in Quaff's equation 2, but per out-feature where the paper's code uses one scale per
+    tensor: the same int8 tensor then serves forward and backward.
+    """
+    if weight.ndim != 2 or not weight.is_floating_point():
+        raise ShapeError(
+            f"weight: is {weight.dtype} of shape {tuple(weight.shape)}, expected a floating matrix (N, K). Pass one."
+        )
+    if max(weight.shape) > INT32_MAX_REDUCTION:
+        raise ShapeError(
+            f"weight: has shape {tuple(weight.shape)}, expected at most {INT32_MAX_REDUCTION} features on a side. "
+            "An int32 accumulator could overflow; exclude the layer."
+        )
+    weight = weight.detach().float()
+    w_scale = weight.abs().amax(dim=1) / WEIGHT_MAX if weight.shape[1] else weight.new_zeros(weight.shape[0])
+    w_int8 = torch.round(weight * _reciprocal(w_scale).unsqueeze(1)).clamp_(-WEIGHT_MAX, WEIGHT_MAX).to(torch.int8)
+    return w_int8, w_scale
+
+
+def dequantize_weight(w_int8: Tensor, w_scale: Tensor, w_outlier: Tensor, outlier_channels: Tensor) -> Tensor:
+    """Returns the float32 weight (N, K) ``w_int8 * w_scale[:, None]`` with the kept outlier columns in place.
+
+    Args:
+        w_int8: (N, K) int8. w_scale: (N,) float32. w_outlier: (O, N), row j is column ``outlier_channels[j]`` of W.
+        outlier_channels: (O,) int64, distinct, in [0, K).
+    """
+    weight = w_int8.float() * w_scale.unsqueeze(1)
+    return weight.index_copy(1, outlier_channels, w_outlier.float().t())
+
+
+def smoothing_target(x_absmax: Tensor, w_absmax: Tensor) -> Tensor:
+    """Returns β = max(1, sqrt(absmax x_i / absmax W_i)) for each outlier channel, (O,) float32.
+
+    A channel whose weights are all zero gets 1. Source: Quaff, equation 7; the paper's code floors at 1 as well.
+    """
+    ratio = x_absmax.float() * _reciprocal(w_absmax.float())
+    return ratio.sqrt().clamp(min=1.0)
+
+
+def updated_smoothing_scale(smoothing_scale: Tensor, target: Tensor, momentum: float) -> Tensor:
+    """Returns γ s + (1 - γ) β, (O,) float32; keeps s where β is not finite, so that one bad batch is forgotten.
+
+    Source: Quaff, equation 8. `momentum` weighs the **old** value; the paper's code gives the new one 0.9.
+    """
+    return torch.where(torch.isfinite(target), momentum * smoothing_scale + (1.0 - momentum) * target, smoothing_scale)
+
+
+def channel_absmax(x: Tensor) -> Tensor:
+    """Returns the absolute maximum of each channel of x (T, K) over tokens, (K,) float32; zeros when T is 0."""
+    if x.shape[0] == 0:
+        return x.new_zeros(x.shape[1], dtype=torch.float32)
+    return x.abs().amax(dim=0).float()
+
+
+def quantize_rows(x: Tensor, activation_max: int) -> tuple[Tensor, Tensor]:
+    """Returns int8 rows and a scale per row: ``x ≈ x_int8 * x_scale[:, None]``.
+
+    ``x_scale = absmax of the row / Q``. A row of zeros has scale 0. A row with a non-finite value has scale NaN and
+    zeros as integers: it comes out non-finite, and touches no other row.
+
+    Args:
+        x: (T, K) float32. activation_max: Q, 127 or 63.
+
+    Returns:
+        x_int8 (T, K) int8 in ±Q; x_scale (T,) float32.
+    """
+    if x.shape[1] == 0:
+        return x.to(torch.int8), x.new_zeros(x.shape[0])
+    absmax = x.abs().amax(dim=1)
+    finite = absmax < torch.inf  # false for NaN as well
+    scale = absmax * (1.0 / activation_max)
+    inverse = torch.where(finite & (absmax > 0), activation_max / absmax, 0.0)
+    scaled = torch.where(finite.unsqueeze(1), x * inverse.unsqueeze(1), 0.0)
+    x_int8 = torch.round(scaled).clamp(-activation_max, activation_max).to(torch.int8)
+    return x_int8, torch.where(finite, scale, torch.nan)
+
+
+def quantize_activation(
+    x: Tensor, outlier_channels: Tensor, smoothing_scale: Tensor, activation_max: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns the smoothed activation in int8, its scale per token, and the operand of the outlier correction.
+
+    ``x̂ = x / s`` with s_i = 1 outside the outlier channels; ``x_outlier = x̂_O (s_O - 1)``. With these
+    ``y = x_scale w_scale (x_int8 w_int8ᵀ) + x_outlier W_Oᵀ`` equals x Wᵀ up to rounding (Quaff, equation 5).
+
+    Args:
+        x: (T, K) floating point. outlier_channels: (O,) int64. smoothing_scale: (O,) float32, at least 1.
+        activation_max: Q, 127 or 63.
+
+    Returns:
+        x_int8 (T, K) int8 in ±Q; x_scale (T,) float32; x_outlier (T, O) float32.
+    """
+    x = x.float()
+    if outlier_channels.shape[0] == 0:
+        return *quantize_rows(x, activation_max), x.new_zeros(x.shape[0], 0)
+    inverse = 1.0 / smoothing_scale
+    smoothed = x * x.new_ones(x.shape[1]).index_copy(0, outlier_channels, inverse)
+    x_outlier = x.index_select(1, outlier_channels) * (1.0 - inverse)
+    return *quantize_rows(smoothed, activation_max), x_outlier
+
+
+def quantize_gradient(grad_output: Tensor, w_scale: Tensor, activation_max: int) -> tuple[Tensor, Tensor]:
+    """Returns ``dy ⊙ w_scale`` in int8 with a scale per token: g_int8 (T, N) int8, g_scale (T,) float32.
+
+    Then ``dx = g_scale (g_int8 w_int8)``: for a fixed s the gradient is dy W exactly, it needs neither s nor x.
+    """
+    return quantize_rows(grad_output.float() * w_scale, activation_max)
+
+
+def outlier_hits(absmax: Tensor, count: int) -> Tensor:
+    """Returns which channels are among the `count` of largest absmax in one step, (K,) bool; never a zero channel."""
+    hits = torch.zeros_like(absmax, dtype=torch.bool)
+    if count:
+        hits[absmax.topk(count).indices] = True
+    return hits & (absmax > 0)
+
+
+def stable_outlier_channels(hits: Tensor, absmax: Tensor, count: int) -> Tensor:
+    """Returns the `count` channels that were outliers in the most steps, ties broken by mean absmax, (O,) int64.
+
+    Every site of one projection gets the same `count`, so that blocks share compiled graphs; channels that fill the
+    budget without being outliers are harmless, since s ≥ 1 leaves small ones as they are.
+
+    Args:
+        hits: (K,) number of steps (or of values) in which the channel was an outlier.
+        absmax: (K,) mean over steps of the channel's absmax.
+        count: at most K.
+    """
+    by_absmax = torch.argsort(absmax, descending=True, stable=True)
+    by_hits = torch.argsort(hits[by_absmax], descending=True, stable=True)
+    return by_absmax[by_hits][:count].contiguous()
+
+
+def outlier_count(in_features: int, budget: float) -> int:
+    """Returns how many channels a budget allows: the share of K rounded down to an integer, at least 1 if any share."""
+    return min(in_features, max(1, int(in_features * budget))) if budget > 0 else 0
+
+
+def sqnr_db(reference: Tensor, approximation: Tensor) -> float:
+    """Returns the signal to quantization noise ratio in dB: 20 log10(‖reference‖ / ‖reference - approximation‖)."""
+    reference, approximation = reference.double(), approximation.double()
+    return float(20 * torch.log10(reference.norm() / (reference - approximation).norm()))
+
+
+def _reciprocal(scale: Tensor) -> Tensor:
+    """1 / scale, and 0 where scale is 0."""
+    return torch.where(scale > 0, 1.0 / scale, 0.0)

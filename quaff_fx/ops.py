@@ -1,0 +1,292 @@
+"""The custom ops `quaff::*`: what a rewritten graph is made of.
+
+Markers stand where a frozen weight is read; the other ops are what passes put in their place. Each op has a real
+implementation, a fake one, and where it is differentiable a gradient; `decompositions.py` says what Inductor sees.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quaff_fx import numerics
+from quaff_fx.errors import ShapeError
+from quaff_fx.kernels import product
+
+LIBRARY = torch.library.Library("quaff", "DEF")
+
+_SCHEMAS = {
+    # markers
+    "observe_weight": "(Tensor w, Tensor step_absmax, Tensor step_count, Tensor in_dim_seen) -> Tensor",
+    "dequantize_weight": (
+        "(Tensor w_int8, Tensor w_scale, Tensor w_outlier, Tensor outlier_channels, Tensor outlier_w_absmax, "
+        "Tensor smoothing_scale, Tensor next_smoothing_scale, float momentum, int activation_max, bool training, "
+        "ScalarType dtype) -> Tensor"
+    ),
+    # observe
+    "observe": (
+        "(Tensor x, Tensor(a!) step_absmax, Tensor(b!) step_count, Tensor(c!) in_dim_seen, int in_dim, "
+        "float threshold) -> ()"
+    ),
+    "observe_other_use": "(Tensor(a!) in_dim_seen) -> ()",
+    # quantize
+    "update_smoothing_scale": (
+        "(Tensor x, Tensor outlier_channels, Tensor outlier_w_absmax, Tensor smoothing_scale, float momentum) -> Tensor"
+    ),
+    "quantize_activation": (
+        "(Tensor x, Tensor outlier_channels, Tensor smoothing_scale, int activation_max) -> (Tensor, Tensor, Tensor)"
+    ),
+    "linear": (
+        "(Tensor x, Tensor x_int8, Tensor x_scale, Tensor x_outlier, Tensor w_int8, Tensor w_scale, Tensor w_outlier, "
+        "Tensor? bias, int activation_max) -> Tensor"
+    ),
+    "linear_grad_input": "(Tensor grad_output, Tensor w_int8, Tensor w_scale, int activation_max) -> Tensor",
+    # lower
+    "int8_linear": (
+        "(Tensor a_int8, Tensor w_int8, bool transpose_w, Tensor? a_scale, Tensor? w_scale, Tensor? a_outlier, "
+        "Tensor? w_outlier, Tensor? bias, ScalarType out_dtype, int activation_max) -> Tensor"
+    ),
+}
+
+IN_DIM_UNSEEN = -1
+IN_DIM_CONFLICT = 2
+
+for _name, _schema in _SCHEMAS.items():
+    # flexible_layout lets Inductor keep one int8 buffer where two products read the same quantized activation;
+    # with a fixed layout it makes one copy per consumer.
+    LIBRARY.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout))
+
+
+def tokens_of(x: Tensor) -> Tensor:
+    """Returns x (..., K) as (T, K), one row per token."""
+    return x.reshape(-1, x.shape[-1])
+
+
+# --- markers -----------------------------------------------------------------------------------------------------
+
+
+def _observe_weight(w: Tensor, step_absmax: Tensor, step_count: Tensor, in_dim_seen: Tensor) -> Tensor:
+    return w.clone()
+
+
+def _dequantize_weight(
+    w_int8: Tensor,
+    w_scale: Tensor,
+    w_outlier: Tensor,
+    outlier_channels: Tensor,
+    outlier_w_absmax: Tensor,
+    smoothing_scale: Tensor,
+    next_smoothing_scale: Tensor,
+    momentum: float,
+    activation_max: int,
+    training: bool,
+    dtype: torch.dtype,
+) -> Tensor:
+    return numerics.dequantize_weight(w_int8, w_scale, w_outlier, outlier_channels).to(dtype)
+
+
+# --- observe -----------------------------------------------------------------------------------------------------
+
+
+def _observe(
+    x: Tensor, step_absmax: Tensor, step_count: Tensor, in_dim_seen: Tensor, in_dim: int, threshold: float
+) -> None:
+    """Keeps the maximum within a step, so that a forward replayed by activation checkpointing changes nothing."""
+    x = tokens_of(x.detach())
+    channels = slice(0, x.shape[1])
+    step_absmax[channels] = torch.maximum(step_absmax[channels], numerics.channel_absmax(x))
+    if threshold > 0 and x.shape[0]:
+        magnitude = x.abs().float()
+        count = (magnitude > threshold * magnitude.mean()).sum(dim=0)
+        step_count[channels] = torch.maximum(step_count[channels], count.float())
+    seen = torch.where(in_dim_seen == IN_DIM_UNSEEN, in_dim, in_dim_seen)
+    in_dim_seen.copy_(torch.where(seen == in_dim, seen, IN_DIM_CONFLICT))
+
+
+def _observe_other_use(in_dim_seen: Tensor) -> None:
+    in_dim_seen.fill_(IN_DIM_CONFLICT)
+
+
+# --- quantize ----------------------------------------------------------------------------------------------------
+
+
+def _int8_product(a_int8: Tensor, w_int8: Tensor, transpose_w: bool, *rest: Any) -> Tensor:
+    """On a CPU the op, one kernel with its epilogue; elsewhere plain aten, whose epilogue Inductor fuses."""
+    if a_int8.device.type == "cpu":
+        return torch.ops.quaff.int8_linear.default(a_int8, w_int8, transpose_w, *rest)  # type: ignore[no-any-return]
+    return _int8_linear(a_int8, w_int8, transpose_w, *rest)
+
+
+def _update_smoothing_scale(
+    x: Tensor, outlier_channels: Tensor, outlier_w_absmax: Tensor, smoothing_scale: Tensor, momentum: float
+) -> Tensor:
+    x = tokens_of(x)
+    if x.shape[0] == 0:
+        return smoothing_scale.clone()
+    absmax = numerics.channel_absmax(x.index_select(1, outlier_channels))
+    target = numerics.smoothing_target(absmax, outlier_w_absmax)
+    return numerics.updated_smoothing_scale(smoothing_scale, target, momentum)
+
+
+def _quantize_activation(
+    x: Tensor, outlier_channels: Tensor, smoothing_scale: Tensor, activation_max: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    return product.quantize_activation(tokens_of(x), outlier_channels, smoothing_scale, activation_max)
+
+
+def _linear(
+    x: Tensor,
+    x_int8: Tensor,
+    x_scale: Tensor,
+    x_outlier: Tensor,
+    w_int8: Tensor,
+    w_scale: Tensor,
+    w_outlier: Tensor,
+    bias: Tensor | None,
+    activation_max: int,
+) -> Tensor:
+    y = _int8_product(x_int8, w_int8, False, x_scale, w_scale, x_outlier, w_outlier, bias, x.dtype, activation_max)
+    return y.reshape(*x.shape[:-1], w_int8.shape[0])
+
+
+def _linear_grad_input(grad_output: Tensor, w_int8: Tensor, w_scale: Tensor, activation_max: int) -> Tensor:
+    g_int8, g_scale = numerics.quantize_gradient(tokens_of(grad_output), w_scale, activation_max)
+    grad_input = _int8_product(g_int8, w_int8, True, g_scale, None, None, None, None, grad_output.dtype, activation_max)
+    return grad_input.reshape(*grad_output.shape[:-1], w_int8.shape[1])
+
+
+def _save_for_linear_grad(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    _, _, _, _, w_int8, w_scale, _, _, activation_max = inputs
+    ctx.save_for_backward(w_int8, w_scale)
+    ctx.activation_max = activation_max
+
+
+def _linear_grad(ctx, grad_output: Tensor):  # type: ignore[no-untyped-def]
+    w_int8, w_scale = ctx.saved_tensors
+    needs_x, *_, needs_bias, _ = ctx.needs_input_grad
+    grad_input = grad_bias = None
+    if needs_x:
+        grad_input = torch.ops.quaff.linear_grad_input.default(grad_output, w_int8, w_scale, ctx.activation_max)
+    if needs_bias:
+        grad_bias = tokens_of(grad_output).sum(dim=0)
+    return grad_input, None, None, None, None, None, None, grad_bias, None
+
+
+# --- lower -------------------------------------------------------------------------------------------------------
+
+
+def _int8_linear(
+    a_int8: Tensor,
+    w_int8: Tensor,
+    transpose_w: bool,
+    a_scale: Tensor | None,
+    w_scale: Tensor | None,
+    a_outlier: Tensor | None,
+    w_outlier: Tensor | None,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
+    activation_max: int,
+) -> Tensor:
+    return product.int8_linear(
+        a_int8,
+        w_int8,
+        transpose_w=transpose_w,
+        activation_max=activation_max,
+        a_scale=a_scale,
+        w_scale=w_scale,
+        a_outlier=a_outlier,
+        w_outlier=w_outlier,
+        bias=bias,
+        out_dtype=out_dtype,
+    )
+
+
+# --- fake implementations: shapes, dtypes and devices ---------------------------------------------------------------
+
+
+def _fake_observe_weight(w: Tensor, step_absmax: Tensor, step_count: Tensor, in_dim_seen: Tensor) -> Tensor:
+    return torch.empty_like(w)
+
+
+def _fake_dequantize_weight(w_int8: Tensor, *state: object) -> Tensor:
+    dtype = state[-1]
+    assert isinstance(dtype, torch.dtype)
+    return torch.empty_like(w_int8, dtype=dtype)
+
+
+def _fake_observe(*_: object) -> None:
+    return None
+
+
+def _fake_update_smoothing_scale(
+    x: Tensor, outlier_channels: Tensor, outlier_w_absmax: Tensor, smoothing_scale: Tensor, momentum: float
+) -> Tensor:
+    return torch.empty_like(smoothing_scale)
+
+
+def _fake_quantize_activation(
+    x: Tensor, outlier_channels: Tensor, smoothing_scale: Tensor, activation_max: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    x = tokens_of(x)
+    return (
+        torch.empty_like(x, dtype=torch.int8, memory_format=torch.contiguous_format),
+        x.new_empty(x.shape[0], dtype=torch.float32),
+        x.new_empty(x.shape[0], outlier_channels.shape[0], dtype=torch.float32),
+    )
+
+
+def _fake_linear(
+    x: Tensor,
+    x_int8: Tensor,
+    x_scale: Tensor,
+    x_outlier: Tensor,
+    w_int8: Tensor,
+    w_scale: Tensor,
+    w_outlier: Tensor,
+    bias: Tensor | None,
+    activation_max: int,
+) -> Tensor:
+    if x.shape[-1] != w_int8.shape[1]:
+        raise ShapeError(
+            f"quaff::linear: x has {x.shape[-1]} features, expected {w_int8.shape[1]}, the in_features of its weight. "
+            "Pass an activation that fits."
+        )
+    return x.new_empty(*x.shape[:-1], w_int8.shape[0])
+
+
+def _fake_linear_grad_input(grad_output: Tensor, w_int8: Tensor, w_scale: Tensor, activation_max: int) -> Tensor:
+    return grad_output.new_empty(*grad_output.shape[:-1], w_int8.shape[1])
+
+
+def _fake_int8_linear(
+    a_int8: Tensor,
+    w_int8: Tensor,
+    transpose_w: bool,
+    a_scale: Tensor | None,
+    w_scale: Tensor | None,
+    a_outlier: Tensor | None,
+    w_outlier: Tensor | None,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
+    activation_max: int,
+) -> Tensor:
+    return a_int8.new_empty(a_int8.shape[0], w_int8.shape[1 if transpose_w else 0], dtype=out_dtype)
+
+
+for _name, _real, _fake in (
+    ("observe_weight", _observe_weight, _fake_observe_weight),
+    ("dequantize_weight", _dequantize_weight, _fake_dequantize_weight),
+    ("observe", _observe, _fake_observe),
+    ("observe_other_use", _observe_other_use, _fake_observe),
+    ("update_smoothing_scale", _update_smoothing_scale, _fake_update_smoothing_scale),
+    ("quantize_activation", _quantize_activation, _fake_quantize_activation),
+    ("linear", _linear, _fake_linear),
+    ("linear_grad_input", _linear_grad_input, _fake_linear_grad_input),
+    ("int8_linear", _int8_linear, _fake_int8_linear),
+):
+    LIBRARY.impl(_name, _real, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"quaff::{_name}", _fake, lib=LIBRARY)
+
+torch.library.register_autograd("quaff::linear", _linear_grad, setup_context=_save_for_linear_grad, lib=LIBRARY)

@@ -1,0 +1,302 @@
+"""What stands in the place of a frozen weight: observed, then quantized.
+
+A module that owns a frozen weight keeps its place in the model, its name and its class as a base class. Reading the
+weight calls the state's `read`, which emits a marker op with all the state as arguments (`docs/architecture.md`).
+One class per kind of base module is shared by all instances, so that layers share compiled graphs.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from quaff_fx import numerics, ops
+from quaff_fx.errors import WeightError
+
+SLOT_PREFIX = "quaff_"
+"""The state of parameter `weight` is the submodule `quaff_weight`."""
+
+
+class _KeepsFloat32(nn.Module):
+    """A module whose float32 tensors stay float32 under `.half()`, `.to(torch.bfloat16)` and the like."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        def keep_dtype(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            if moved.dtype == tensor.dtype:
+                return moved
+            return tensor.to(moved.device)
+
+        return super()._apply(keep_dtype, recurse)
+
+
+class ObservedWeight(_KeepsFloat32):
+    """The statistics of the activation that a frozen weight multiplies; the float weight stays where it is.
+
+    Attributes:
+        step_absmax, step_count: what the current step saw per channel, written by the graph; sized for either
+            orientation of the weight.
+        in_dim_seen: which dimension of the weight the traced linears reduce over; -1 unseen, 2 not only linears.
+        hits: steps (or values) in which a channel was an outlier. absmax_sum: sum over steps of its absmax.
+        steps: number of steps folded in.
+    """
+
+    step_absmax: Tensor
+    step_count: Tensor
+    in_dim_seen: Tensor
+    hits: Tensor
+    absmax_sum: Tensor
+
+    def __init__(self, weight: Tensor, threshold: float) -> None:
+        super().__init__()
+        size = max(weight.shape)
+        for name in ("step_absmax", "step_count", "hits", "absmax_sum"):
+            self.register_buffer(name, torch.zeros(size, device=weight.device), persistent=False)
+        seen = torch.full((), ops.IN_DIM_UNSEEN, dtype=torch.int64, device=weight.device)
+        self.register_buffer("in_dim_seen", seen, persistent=False)
+        self.threshold = threshold
+        self.steps = 0
+
+    def read(self, weight: nn.Parameter) -> Tensor:
+        """Returns the weight: itself in eager code, a marker for the passes while being traced."""
+        if not torch.compiler.is_compiling():
+            return weight
+        return torch.ops.quaff.observe_weight.default(weight, self.step_absmax, self.step_count, self.in_dim_seen)
+
+    def start_step(self) -> None:
+        """Forgets what a replayed or evaluated forward has written since the last step."""
+        self.step_absmax.zero_()
+        self.step_count.zero_()
+
+    def finish_step(self, outliers: int) -> None:
+        """Folds the step into the statistics; `outliers` channels count as hits when ranked by absmax."""
+        if self.threshold > 0:
+            self.hits += self.step_count
+        else:
+            self.hits += numerics.outlier_hits(self.step_absmax, outliers)
+        self.absmax_sum += self.step_absmax
+        self.steps += 1
+
+
+class OutlierState(_KeepsFloat32):
+    """The outlier channels of an activation and their smoothing scale, shared by the sites that read it.
+
+    Attributes:
+        outlier_channels: (O,) int64. outlier_w_absmax: (O,) float32, absmax of those weight columns.
+        smoothing_scale: (O,) float32, what the graph reads. next_smoothing_scale: (O,), what it writes; `commit`
+            copies one to the other between steps, so a replayed forward reads what the first one read.
+    """
+
+    outlier_channels: Tensor
+    outlier_w_absmax: Tensor
+    smoothing_scale: Tensor
+    next_smoothing_scale: Tensor
+
+    def __init__(self, outlier_channels: Tensor, outlier_w_absmax: Tensor, x_absmax: Tensor, momentum: float) -> None:
+        super().__init__()
+        target = numerics.smoothing_target(x_absmax, outlier_w_absmax)
+        self.register_buffer("outlier_channels", outlier_channels)
+        self.register_buffer("outlier_w_absmax", outlier_w_absmax)
+        self.register_buffer("smoothing_scale", target)
+        self.register_buffer("next_smoothing_scale", target.clone())
+        self.momentum = momentum
+
+    def commit(self) -> None:
+        """Makes the smoothing scale that the last training forward wrote the one that the next forward reads."""
+        self.smoothing_scale.copy_(self.next_smoothing_scale)
+
+
+class QuantizedWeight(_KeepsFloat32):
+    """A frozen weight in int8, its scales, its outlier columns, and the state of the activation it multiplies.
+
+    Attributes:
+        w_int8: (N, K) int8. w_scale: (N,) float32. w_outlier: (O, N) float32, row j is column ``outlier_channels[j]``.
+        outliers: the `OutlierState` of its activation.
+        in_dim: the dimension of the original parameter that the product reduces over: 1 for `nn.Linear`, 0 for Conv1D.
+        activation_max: Q, 127 or 63. dtype: of the original parameter; follows `.to(dtype)`.
+    """
+
+    def __init__(self, weight: Tensor, in_dim: int, outliers: OutlierState, activation_max: int) -> None:
+        super().__init__()
+        matrix = weight.detach() if in_dim == 1 else weight.detach().t()
+        w_int8, w_scale = numerics.quantize_weight(matrix)
+        w_outlier = matrix.index_select(1, outliers.outlier_channels).float().t().contiguous()
+        self.w_int8 = nn.Parameter(w_int8, requires_grad=False)
+        self.w_scale = nn.Parameter(w_scale, requires_grad=False)
+        self.w_outlier = nn.Parameter(w_outlier, requires_grad=False)
+        self.outliers = outliers
+        self.in_dim = in_dim
+        self.activation_max = activation_max
+        self.dtype = weight.dtype
+
+    def read(self, _: object = None) -> Tensor:
+        """Returns the weight in the layout of the original parameter: a marker while traced, else an `Int8Weight`."""
+        if not torch.compiler.is_compiling():
+            return Int8Weight(self)
+        weight = self.dequantized()
+        return weight.t() if self.in_dim == 0 else weight
+
+    def dequantized(self) -> Tensor:
+        """Returns the marker: the float weight (N, K) rebuilt, with all state of its activation as arguments."""
+        outliers = self.outliers
+        weight: Tensor = torch.ops.quaff.dequantize_weight.default(
+            self.w_int8,
+            self.w_scale,
+            self.w_outlier,
+            outliers.outlier_channels,
+            outliers.outlier_w_absmax,
+            outliers.smoothing_scale,
+            outliers.next_smoothing_scale,
+            outliers.momentum,
+            self.activation_max,
+            self.training,
+            self.dtype,
+        )
+        return weight
+
+    def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """Returns x Wᵀ + bias through the int8 product, differentiable, with the smoothing scale as it is."""
+        channels, s = self.outliers.outlier_channels, self.outliers.smoothing_scale
+        parts = torch.ops.quaff.quantize_activation.default(x.detach(), channels, s, self.activation_max)
+        y: Tensor = torch.ops.quaff.linear.default(
+            x, *parts, self.w_int8, self.w_scale, self.w_outlier, bias, self.activation_max
+        )
+        return y
+
+    def weight_bytes(self) -> int:
+        """Bytes of everything kept for this weight; state shared with other sites counts in each."""
+        tensors = [*self.parameters(), *self.buffers()]
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.w_int8.device)).dtype
+        return super()._apply(fn, recurse)
+
+
+class Int8Weight(Tensor):
+    """What eager code gets when it reads a quantized weight: it has no float data until something needs them.
+
+    Products that are a linear run in int8 (generation with a KV cache does not go through compiled blocks). Anything
+    else sees the dequantized weight. Editing it would be lost, so every way of editing raises `WeightError`: PEFT's
+    ``merge`` does ``weight.data += delta``, which on a rebuilt weight would change a temporary copy without an error.
+    """
+
+    _state: QuantizedWeight
+
+    @staticmethod
+    def __new__(cls, state: QuantizedWeight) -> Int8Weight:
+        """Makes a view of `state`; holds no data."""
+        n, k = state.w_int8.shape
+        view = Tensor._make_wrapper_subclass(
+            cls, (n, k) if state.in_dim == 1 else (k, n), dtype=state.dtype, device=state.w_int8.device
+        )
+        view._state = state
+        return view  # type: ignore[no-any-return]
+
+    def __repr__(self, *, tensor_contents: object = None) -> str:  # type: ignore[override]
+        return f"Int8Weight(shape={tuple(self.shape)}, dtype={self.dtype})"
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if getattr(func, "__self__", None) is Tensor.data:
+            raise cls._edit_error(args[0])
+        if (operands := cls._linear_operands(func, args, kwargs or {})) is not None:
+            x, weight, bias = operands
+            return weight._state.linear(x, bias)
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+    @classmethod
+    def __torch_dispatch__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func._schema.is_mutable and isinstance(args[0], cls):
+            raise cls._edit_error(args[0])
+
+        def dequantized(weight: Int8Weight) -> Tensor:
+            matrix = weight._state.dequantized()
+            return matrix.t() if weight._state.in_dim == 0 else matrix
+
+        args, kwargs = pytree.tree_map_only(cls, dequantized, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+    @classmethod
+    def _linear_operands(
+        cls, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Tensor, Int8Weight, Tensor | None] | None:
+        """The operands of a product that is a linear over the weight's in-features, None of anything else."""
+        if func is nn.functional.linear:
+            given = dict(zip(("input", "weight", "bias"), args, strict=False)) | kwargs
+            x, weight, bias, in_dim = given["input"], given["weight"], given.get("bias"), 1
+        elif func is torch.addmm and len(args) == 3 and not kwargs and args[0].ndim == 1:
+            bias, x, weight, in_dim = *args, 0
+        elif func in (torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm) and len(args) == 2:
+            x, weight, bias, in_dim = *args, None, 0
+        else:
+            return None
+        is_linear = isinstance(weight, cls) and not isinstance(x, cls) and weight._state.in_dim == in_dim
+        return (x, weight, bias) if is_linear else None
+
+    @staticmethod
+    def _edit_error(weight: Tensor) -> WeightError:
+        return WeightError(
+            f"weight of shape {tuple(weight.shape)}: is int8 and rebuilt at each read, expected no code that edits it "
+            "or takes its .data. Call quaff_fx.dequantize(model) first (before merging adapters, say)."
+        )
+
+
+@functools.cache
+def _marked_class(base: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
+    def reader(name: str) -> property:
+        def read(module: nn.Module) -> Tensor:
+            return module._modules[SLOT_PREFIX + name].read(module._parameters.get(name))  # type: ignore[union-attr,operator,no-any-return]
+
+        return property(read)
+
+    def reduce(module: nn.Module, protocol: object) -> tuple[Any, ...]:
+        return _rebuild, (base, names), module.__getstate__()  # type: ignore[no-untyped-call]
+
+    body = {name: reader(name) for name in names} | {"__reduce_ex__": reduce, "__module__": __name__}
+    return type(f"Quaff{base.__name__}", (base,), {**body, "quaff_base": base, "quaff_names": names})
+
+
+def _rebuild(base: type[nn.Module], names: tuple[str, ...]) -> nn.Module:
+    cls = _marked_class(base, names)
+    return cls.__new__(cls)
+
+
+def states_of(module: nn.Module) -> dict[str, ObservedWeight | QuantizedWeight]:
+    """Returns the state of each frozen weight that `module` owns, by parameter name."""
+    names = getattr(type(module), "quaff_names", ())
+    return {name: module._modules[SLOT_PREFIX + name] for name in names}  # type: ignore[misc]
+
+
+def attach(module: nn.Module, states: dict[str, ObservedWeight | QuantizedWeight]) -> None:
+    """Gives `module` exactly these states, by parameter name; an empty mapping gives it back its own class."""
+    base = getattr(type(module), "quaff_base", type(module))
+    for name in states_of(module):
+        if name not in states:
+            del module._modules[SLOT_PREFIX + name]
+    module.__class__ = _marked_class(base, tuple(sorted(states))) if states else base
+    for name, state in states.items():
+        module._modules[SLOT_PREFIX + name] = state.train(module.training)
+        if isinstance(state, QuantizedWeight):
+            module._parameters.pop(name, None)
+
+
+def restore(module: nn.Module, name: str) -> None:
+    """Makes the weight `name` of `module` a plain float parameter again; dequantized if it was quantized."""
+    states = states_of(module)
+    state = states.pop(name)
+    if isinstance(state, QuantizedWeight):
+        weight = state.dequantized() if state.in_dim == 1 else state.dequantized().t().contiguous()
+        attach(module, states)
+        module.register_parameter(name, nn.Parameter(weight, requires_grad=False))
+    else:
+        attach(module, states)
