@@ -7,6 +7,7 @@ import re
 
 import torch
 from torch.fx import Node
+from torch.fx.node import Argument
 
 from quaff_fx import ops  # noqa: F401  (defines torch.ops.quaff)
 
@@ -22,7 +23,7 @@ _TRANSPOSES = (torch.t, torch.ops.aten.t.default)
 
 
 def is_call(node: object, *targets: object) -> bool:
-    """Is `node` a call of one of these functions, or of one of these method names?"""
+    """Tells whether `node` calls one of these functions, or one of these method names."""
     return isinstance(node, Node) and node.op in ("call_function", "call_method") and node.target in targets
 
 
@@ -30,7 +31,8 @@ def transposed_operand(node: object) -> Node | None:
     """Returns what `node` swaps the two dimensions of, or None if it is no transpose of a matrix."""
     if not isinstance(node, Node) or not node.args or not isinstance(node.args[0], Node):
         return None
-    operand, *rest = node.args
+    operand: Node = node.args[0]
+    rest = node.args[1:]
     if is_call(node, *_TRANSPOSES, "t") and not rest:
         return operand
     if is_call(node, getattr) and rest and rest[0] in ("T", "mT"):
@@ -53,10 +55,10 @@ def marked_weight(node: object) -> tuple[Node, bool] | None:
     return (node, transposed) if isinstance(node, Node) else None
 
 
-def product_operands(node: Node) -> tuple[object, object, object] | None:
+def product_operands(node: Node) -> tuple[Argument, Argument, Argument] | None:
     """Returns x, w, bias of any form of a product x w that can stand for a linear, None for any other node.
 
-    ``w`` has the layout (in, out), so of a linear it is not the second argument but its transpose; see `is_linear`.
+    ``w`` has the layout (in, out): of a linear it is the transpose of the second argument.
     """
     arguments = list(node.args)
     if is_call(node, *_PRODUCTS, "matmul", "mm", "__matmul__") and len(arguments) == 2 and not node.kwargs:
@@ -66,7 +68,7 @@ def product_operands(node: Node) -> tuple[object, object, object] | None:
     return None
 
 
-def linear_operands(node: Node) -> tuple[object, object, object] | None:
+def linear_operands(node: Node) -> tuple[Argument, Argument, Argument] | None:
     """Returns x, w (out, in), bias of a linear call, None for any other node."""
     if not is_call(node, *_LINEARS):
         return None

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch.fx import GraphModule, Node
-
 from quaff_fx.passes import matching
 from quaff_fx.passes.infrastructure import Change, PassResult
+from torch.fx import GraphModule, Node
+from torch.fx.node import Argument
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class NormalizeProducts:
         return PassResult(graph_module, tuple(changes))
 
 
-def _linear_form(node: Node) -> tuple[object, tuple[Node, bool], object] | None:
+def _linear_form(node: Node) -> tuple[Argument, tuple[Node, bool], Argument] | None:
     """Returns x, marker and its transposition as a linear's weight, bias; None where nothing is to be rewritten."""
     if (operands := matching.product_operands(node)) is not None:
         x, w, bias = operands

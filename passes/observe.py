@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch.fx import GraphModule
-
 from quaff_fx.passes import matching
 from quaff_fx.passes.infrastructure import Change, PassResult
+from torch.fx import GraphModule
 
 OBSERVE = torch.ops.quaff.observe.default
 OBSERVE_OTHER_USE = torch.ops.quaff.observe_other_use.default

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from torch.fx import GraphModule
-
 from quaff_fx.passes import spec
 from quaff_fx.passes.infrastructure import PassResult, run_passes
 from quaff_fx.passes.normalize import NormalizeProducts
 from quaff_fx.passes.observe import ObserveActivations
 from quaff_fx.passes.quantize import QuantizeLinears
+from torch.fx import GraphModule
 
 
 def observe(graph_module: GraphModule, threshold: float) -> PassResult:

@@ -6,10 +6,12 @@ import operator
 from dataclasses import dataclass
 
 import torch
-from torch.fx import GraphModule, Node
-
 from quaff_fx.passes import matching
 from quaff_fx.passes.infrastructure import Change, PassResult
+from torch.fx import Graph, GraphModule, Node
+from torch.fx.node import Argument
+
+from quaff_fx.ops import STATIC_MOMENTUM
 
 QUANTIZE_ACTIVATION = torch.ops.quaff.quantize_activation.default
 UPDATE_SMOOTHING_SCALE = torch.ops.quaff.update_smoothing_scale.default
@@ -27,10 +29,11 @@ class QuantizeLinears:
 
         detached = x.detach()
         x_int8, x_scale, x_outlier = quaff.quantize_activation(detached, channels, s, 127)
-        next_s.copy_(quaff.update_smoothing_scale(detached, channels, w_absmax, s, 0.1))      # in training
+        next_s.copy_(quaff.update_smoothing_scale(detached, channels, w_absmax, s, 0.1))  # in training
         y = quaff.linear(x, x_int8, x_scale, x_outlier, w_int8, w_scale, w_outlier, bias, 127)
 
-    Linears that read the same x with the same outlier state share the first three lines. The activation is detached
+    Linears that read the same x with the same outlier state share the first three lines; a static smoothing scale
+    (momentum 1) has no update. The activation is detached
     because its integers carry no gradient: `quaff.linear` has its own, dx = dy W, which needs neither s nor x.
     Runs after `NormalizeProducts`. A marker that something else reads (or a linear that reduces over the
     out-features) stays: it dequantizes and multiplies in float, which is right and slow, and is reported.
@@ -39,31 +42,20 @@ class QuantizeLinears:
     def __call__(self, graph_module: GraphModule) -> PassResult:
         changes = []
         graph = graph_module.graph
-        quantized: dict[tuple[Node, Node, Node, int], tuple[Node, Node, Node]] = {}
+        shared: dict[tuple[Argument, ...], list[Node]] = {}
         for node in list(graph.nodes):
             operands = matching.linear_operands(node)
             if operands is None or not matching.is_call(operands[1], matching.DEQUANTIZE_WEIGHT):
                 continue
             x, marker, bias = operands
-            assert isinstance(x, Node) and isinstance(marker, Node)
-            w_int8, w_scale, w_outlier, channels, w_absmax, s, next_s, momentum, activation_max, training, _ = (
-                marker.args
-            )
-            assert isinstance(channels, Node) and isinstance(s, Node) and isinstance(activation_max, int)
-            key = (x, channels, s, activation_max)
+            assert isinstance(marker, Node)
+            w_int8, w_scale, w_outlier, channels, _, smoothing_scale, _, _, activation_max, _, _ = marker.args
+            key = (x, channels, smoothing_scale, activation_max)
             with graph.inserting_before(node):
-                if key not in quantized:
-                    detached = graph.call_method("detach", (x,))
-                    result = graph.call_function(QUANTIZE_ACTIVATION, (detached, channels, s, activation_max))
-                    quantized[key] = tuple(graph.call_function(operator.getitem, (result, i)) for i in range(3))  # type: ignore[assignment]
-                    if training:
-                        updated = graph.call_function(
-                            UPDATE_SMOOTHING_SCALE, (detached, channels, w_absmax, s, momentum)
-                        )
-                        graph.call_method("copy_", (next_s, updated))
-                linear = graph.call_function(
-                    LINEAR, (x, *quantized[key], w_int8, w_scale, w_outlier, bias, activation_max)
-                )
+                if key not in shared:
+                    shared[key] = _quantize_activation(graph, x, marker)
+                arguments = (x, *shared[key], w_int8, w_scale, w_outlier, bias, activation_max)
+                linear = graph.call_function(LINEAR, arguments)
             linear.meta = dict(node.meta)
             node.replace_all_uses_with(linear)
             graph.erase_node(node)
@@ -75,3 +67,20 @@ class QuantizeLinears:
             if not marker.users:
                 graph.erase_node(marker)
         return PassResult(graph_module, tuple(changes))
+
+
+def _quantize_activation(graph: Graph, x: Argument, marker: Node) -> list[Node]:
+    """Inserts what the linears of one activation share; returns its integers, scale and outlier operand."""
+    _, _, _, channels, w_absmax, smoothing_scale, next_smoothing_scale, momentum, activation_max, training, _ = (
+        marker.args
+    )
+    detached = graph.call_method("detach", (x,))
+    quantized = graph.call_function(QUANTIZE_ACTIVATION, (detached, channels, smoothing_scale, activation_max))
+    parts = [
+        graph.create_node("call_function", operator.getitem, (quantized, index), name=name)
+        for index, name in enumerate(("x_int8", "x_scale", "x_outlier"))
+    ]
+    if training and momentum != STATIC_MOMENTUM:
+        updated = graph.call_function(UPDATE_SMOOTHING_SCALE, (detached, channels, w_absmax, smoothing_scale, momentum))
+        graph.call_method("copy_", (next_smoothing_scale, updated))
+    return parts

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from quaff_fx.passes import matching, observe, quantize
+from quaff_fx.passes.infrastructure import subgraphs
 from torch.fx import GraphModule
 
 from quaff_fx.errors import PassError
-from quaff_fx.passes import matching, observe, quantize
-from quaff_fx.passes.infrastructure import subgraphs
 
 
 def check_observed(graph_module: GraphModule) -> None:

@@ -42,8 +42,8 @@ def compile(model: Model, config: QuaffConfig | Mapping[str, Any] | None = None)
     for name, module in model.named_modules():
         if hasattr(module, ATTRIBUTE):
             raise ConfigError(
-                f"{name or 'model'}: was already compiled by quaff_fx, expected a plain model. Use it as it is, or call "
-                "quaff_fx.dequantize(model) first."
+                f"{name or 'model'}: was already compiled by quaff_fx, expected a plain model. Use it as it is, "
+                "or call quaff_fx.dequantize(model) first."
             )
         if calls.is_compiled(module):
             raise ConfigError(

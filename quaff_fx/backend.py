@@ -6,10 +6,9 @@ With `decompositions.py` and `calls.py` the only files of the package that touch
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch._dynamo.backends.common import aot_autograd
@@ -21,6 +20,7 @@ from torch.fx import GraphModule
 from quaff_fx import decompositions
 from quaff_fx.passes import pipeline
 from quaff_fx.passes.infrastructure import Change
+from quaff_fx.readable import readable
 
 
 @dataclass
@@ -50,10 +50,11 @@ class ObserveBackend:
         self.record = record
 
     def __call__(self, graph_module: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        captured = graph_module.print_readable(print_output=False)
+        captured = readable(graph_module)
         result = pipeline.observe(graph_module, self.threshold)
         self.record.append(_compiled_graph("observe", captured, result.graph_module, result.changes, example_inputs))
-        return result.graph_module.forward
+        run: Callable[..., Any] = result.graph_module.forward
+        return run
 
 
 class QuantizeBackend:
@@ -61,17 +62,15 @@ class QuantizeBackend:
 
     def __init__(self, record: list[CompiledGraph]) -> None:
         self.record = record
-        self.lock = threading.Lock()
         decompositions.register()
 
     def __call__(self, graph_module: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        captured = graph_module.print_readable(print_output=False)
+        captured = readable(graph_module)
         result = pipeline.quantize(graph_module)
         self.record.append(_compiled_graph("quantize", captured, result.graph_module, result.changes, example_inputs))
         # Neither the FX graph cache nor AOTAutograd's looks at decompositions; this entry goes into both keys.
         salt = {"unsafe_marked_cacheable_functions": {"quaff_fx.decompositions": decompositions.cache_salt()}}
-        compiled: Callable[..., Any] = compile_fx(result.graph_module, list(example_inputs), config_patches=salt)
-        return compiled
+        return cast("Callable[..., Any]", compile_fx(result.graph_module, list(example_inputs), config_patches=salt))
 
 
 def lower(graph_module: GraphModule, fake_inputs: Sequence[Any]) -> list[GraphModule]:
@@ -102,7 +101,7 @@ def lower(graph_module: GraphModule, fake_inputs: Sequence[Any]) -> list[GraphMo
 def _compiled_graph(
     stage: str, captured: str, graph_module: GraphModule, changes: tuple[Change, ...], example_inputs: Sequence[Any]
 ) -> CompiledGraph:
-    rewritten = graph_module.print_readable(print_output=False)
+    rewritten = readable(graph_module)
     fake_inputs = tuple(
         node.meta.get("example_value", example)
         for node, example in zip(

@@ -17,7 +17,7 @@ RECOMPILE_LIMIT = 64
 
 def _call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     # `_call_impl` and not the module itself: calling it would come back here.
-    return module._call_impl(*args, **kwargs)
+    return module._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
 
 
 def compiled_call(backend: Callable[..., Any]) -> Callable[..., Any]:
@@ -26,7 +26,7 @@ def compiled_call(backend: Callable[..., Any]) -> Callable[..., Any]:
     One such function serves every block of a model: blocks of one class share its compiled graphs, and its limit of
     recompilations is its own.
     """
-    compiled: Callable[..., Any] = torch.compile(
+    compiled: Callable[..., Any] = torch.compile(  # type: ignore[call-overload]
         _call, backend=backend, isolate_recompiles=True, recompile_limit=RECOMPILE_LIMIT
     )
     return compiled
@@ -45,7 +45,7 @@ def install(module: nn.Module, call: Callable[..., Any]) -> None:
 
 def call_eagerly(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Runs a module's forward and hooks without compiling them."""
-    return module._call_impl(*args, **kwargs)
+    return module._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
 
 
 def unless_generating(compiled: Callable[..., Any]) -> Callable[..., Any]:
@@ -74,7 +74,8 @@ def without_kv_cache(model: nn.Module) -> Iterator[None]:
     They ask for a KV cache in training too, which nobody reads, and which makes every layer a graph of its own. An
     argument ``use_cache=True`` or ``past_key_values`` of the call still wins.
     """
-    configs = {id(c): c for m in model.modules() if getattr(c := getattr(m, "config", None), "use_cache", None) is True}
+    found: list[Any] = [getattr(module, "config", None) for module in model.modules()]
+    configs = {id(config): config for config in found if getattr(config, "use_cache", None) is True}
     for config in configs.values():
         config.use_cache = False
     try:
@@ -90,5 +91,5 @@ def uninstall(module: nn.Module) -> None:
 
 
 def is_compiled(module: nn.Module) -> bool:
-    """Was `module` compiled, by `torch.compile`, `nn.Module.compile` or this package?"""
+    """Tells whether `module` was compiled, by `torch.compile`, `nn.Module.compile` or this package."""
     return module._compiled_call_impl is not None or isinstance(module, torch._dynamo.eval_frame.OptimizedModule)

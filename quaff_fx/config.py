@@ -19,16 +19,20 @@ class QuaffConfig:
 
     Attributes:
         calibration_steps: training steps that are observed before the weights become int8, at least 1.
-        outlier_budget: largest share of a site's input channels that may be outlier channels, in [0, 0.25]; a number,
-            or a mapping from patterns (``"down_proj"``) to numbers, where ``"*"`` stands for the rest.
+        outlier_budget: largest share of a site's input channels that may be outlier channels, in [0, 0.25]; a
+            number, or a mapping from patterns (``"down_proj"``) to numbers, where ``"*"`` stands for the rest.
         outlier_rule: ``"absmax_rank"`` counts, per step, the channels of largest absolute value;
-            ``"mean_multiple"`` counts values over ``outlier_threshold`` times the mean absolute value (the paper's code).
+            ``"mean_multiple"`` (the paper's code) counts values over ``outlier_threshold`` times the mean absolute value.
         outlier_threshold: the multiple of ``"mean_multiple"``; the paper's code uses 100.
-        momentum: weight of the **old** smoothing scale in s ← γ s + (1 - γ) β, in [0, 1). The paper's code: 0.1.
+        smoothing: what happens to outlier channels. ``"split"``: they leave the int8 product and are computed in float,
+            the limit of a large smoothing scale. ``"momentum"``: Quaff as in the paper, they are divided by a smoothing
+            scale that follows the activations. `docs/numerics.md` compares the two.
+        momentum: of ``"momentum"``: weight of the **old** smoothing scale in s ← γ s + (1 - γ) β, in [0, 1]. The
+            paper's code: 0.1; 1 keeps the scale of the calibration.
         activation_bits: 8 (integers in ±127), 7 (±63), or ``"auto"``: 7 only where the CPU's int8 product is slower
             or missing at 8 bits.
-        share_activations: sites that read the same activation share one outlier set, smoothing scale and quantized
-            activation.
+        share_activations: sites that read the same activation (q, k and v) share one outlier set, smoothing scale and
+            quantized activation. None: where it costs no accuracy, that is with ``smoothing="split"``.
         include: patterns of module names whose frozen weights are quantized.
         exclude: patterns of module names that are left alone. Weights tied to another module's are always left alone.
         scope: ``"blocks"`` compiles the repeated blocks (decoder layers) in place, one graph for all;
@@ -43,12 +47,13 @@ class QuaffConfig:
     """
 
     calibration_steps: int = 8
-    outlier_budget: float | Mapping[str, float] = 0.01
+    outlier_budget: float | Mapping[str, float] = 0.03
     outlier_rule: Literal["absmax_rank", "mean_multiple"] = "absmax_rank"
     outlier_threshold: float = 100.0
+    smoothing: Literal["split", "momentum"] = "split"
     momentum: float = 0.1
     activation_bits: Literal["auto", 7, 8] = "auto"
-    share_activations: bool = False
+    share_activations: bool | None = None
     include: tuple[str, ...] = ("*",)
     exclude: tuple[str, ...] = DEFAULT_EXCLUDE
     scope: Literal["blocks", "model"] = "blocks"
@@ -77,12 +82,10 @@ class QuaffConfig:
         _check_range("outlier_threshold", self.outlier_threshold, 0.0, None)
         _check_type("momentum", self.momentum, int | float)
         _check_range("momentum", self.momentum, 0.0, 1.0)
-        if self.momentum == 1.0:
-            raise ConfigError(
-                "momentum: is 1.0, expected a number in [0, 1). With 1.0 the smoothing scale would never change."
-            )
         _check_choice("activation_bits", self.activation_bits, ("auto", 7, 8))
-        _check_type("share_activations", self.share_activations, bool)
+        _check_choice("smoothing", self.smoothing, ("split", "momentum"))
+        if self.share_activations is not None:
+            _check_type("share_activations", self.share_activations, bool)
         for name in ("include", "exclude"):
             patterns = getattr(self, name)
             if isinstance(patterns, str) or not isinstance(patterns, Iterable):
@@ -102,6 +105,11 @@ class QuaffConfig:
                 return float(budget)
         return float(self.outlier_budget.get("*", QuaffConfig.outlier_budget))  # type: ignore[arg-type]
 
+    @property
+    def is_sharing(self) -> bool:
+        """Whether sites that read the same activation share its quantized form."""
+        return self.smoothing == "split" if self.share_activations is None else self.share_activations
+
     def check_patterns(self, names: Iterable[str]) -> None:
         """Raises `ConfigError` for a pattern that matches none of the module `names`; lists near names."""
         names = list(names)
@@ -120,7 +128,7 @@ class QuaffConfig:
 
 
 def matches(name: str, pattern: str) -> bool:
-    """Is `pattern` the shell pattern of the dotted `name` or of one of its tails?"""
+    """Tells whether the shell pattern matches the dotted `name` or one of its tails."""
     parts = name.split(".")
     return any(fnmatch.fnmatchcase(".".join(parts[i:]), pattern) for i in range(len(parts)))
 

@@ -16,6 +16,7 @@ from quaff_fx import numerics, ops, state
 from quaff_fx.config import QuaffConfig
 from quaff_fx.errors import CalibrationError, QuaffWarning
 from quaff_fx.kernels import product
+from quaff_fx.ops import STATIC_MOMENTUM
 from quaff_fx.sites import Site
 from quaff_fx.state import ObservedWeight, OutlierState, QuantizedWeight
 
@@ -51,7 +52,7 @@ def convert(sites: Sequence[Site], config: QuaffConfig) -> None:
     sites = [site for site in sites if not site.reason]
 
     held: list[tuple[str, weakref.ref[Tensor]]] = []
-    groups = _groups(sites) if config.share_activations else [[site] for site in sites]
+    groups = _groups(sites) if config.is_sharing else [[site] for site in sites]
     with tqdm(total=len(sites), desc="quaff_fx: converting", disable=not config.progress, leave=False) as bar:
         for group in groups:
             outliers = _outlier_state(group, config)
@@ -122,7 +123,10 @@ def _outlier_state(group: list[Site], config: QuaffConfig) -> OutlierState:
         in_dim = int(observed(site).in_dim_seen)
         columns.append(weight.detach().index_select(in_dim, channels).abs().amax(dim=1 - in_dim).float())
     w_absmax = torch.stack(columns).log().mean(dim=0).exp()
-    return OutlierState(channels, w_absmax, absmax.index_select(0, channels), config.momentum)
+    if config.smoothing == "split":
+        return OutlierState(channels, w_absmax, torch.full_like(w_absmax, torch.inf), STATIC_MOMENTUM)
+    target = numerics.smoothing_target(absmax.index_select(0, channels), w_absmax)
+    return OutlierState(channels, w_absmax, target, float(config.momentum))
 
 
 def _sum_over_ranks(sites: Sequence[Site]) -> None:

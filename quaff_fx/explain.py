@@ -73,7 +73,7 @@ class Explanation:
         return sum(row.bytes_after for row in self.rows if not row.reason)
 
     def __str__(self) -> str:
-        table = [
+        table: list[tuple[str, ...]] = [
             (
                 row.name,
                 "×".join(map(str, row.shape)),
@@ -97,7 +97,7 @@ class Explanation:
             shape = "×".join(map(str, rows[0].shape)) if len(shapes) == 1 else "various"
             table.append((name, shape, "float", "", before, before, reason))
         headers = ("weight", "shape", "stage", "outlier channels", "MiB before", "after", "left alone because")
-        return tabulate(table, headers=headers) + "\n" + self.summary()
+        return f"{tabulate(table, headers=headers)}\n{self.summary()}"
 
     def summary(self) -> str:
         """Returns the line under the table."""

@@ -9,6 +9,7 @@ from torch import nn
 from quaff_fx.api import stages_of
 from quaff_fx.backend import CompiledGraph, lower
 from quaff_fx.passes.infrastructure import Change
+from quaff_fx.readable import readable
 
 
 @dataclass(frozen=True)
@@ -28,9 +29,9 @@ class Graph:
 
     @property
     def lowered(self) -> tuple[str, ...]:
-        """The graphs that Inductor gets, forward and backward (one if nothing needs a gradient); traced at each read."""
+        """The graphs that Inductor gets: forward and backward, or one if nothing needs a gradient. Traced anew."""
         graphs = lower(self._compiled.graph_module, self._compiled.fake_inputs)
-        return tuple(graph.print_readable(print_output=False) for graph in graphs)
+        return tuple(readable(graph) for graph in graphs)
 
     def __str__(self) -> str:
         parts = [("captured", self.captured), ("rewritten", self.rewritten)]

@@ -113,11 +113,12 @@ def quantize_activation(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns the smoothed activation in int8, its scale per token, and the operand of the outlier correction.
 
-    ``x̂ = x / s`` with s_i = 1 outside the outlier channels; ``x_outlier = x̂_O (s_O - 1)``. With these
+    ``x̂ = x / s`` with s_i = 1 outside the outlier channels; ``x_outlier = x̂_O (s_O - 1) = x_O (1 - 1 / s_O)``. Then
     ``y = x_scale w_scale (x_int8 w_int8ᵀ) + x_outlier W_Oᵀ`` equals x Wᵀ up to rounding (Quaff, equation 5).
 
     Args:
-        x: (T, K) floating point. outlier_channels: (O,) int64. smoothing_scale: (O,) float32, at least 1.
+        x: (T, K) floating point. outlier_channels: (O,) int64. smoothing_scale: (O,) float32, at least 1; infinite
+            for channels that leave the int8 product altogether: x̂_i = 0 and x_outlier_i = x_i.
         activation_max: Q, 127 or 63.
 
     Returns:

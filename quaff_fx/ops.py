@@ -15,7 +15,7 @@ from quaff_fx import numerics
 from quaff_fx.errors import ShapeError
 from quaff_fx.kernels import product
 
-LIBRARY = torch.library.Library("quaff", "DEF")
+LIBRARY = torch.library.Library("quaff", "DEF")  # type: ignore[no-untyped-call]
 
 _SCHEMAS = {
     # markers
@@ -50,13 +50,18 @@ _SCHEMAS = {
     ),
 }
 
+STATIC_MOMENTUM = 1.0
+"""A momentum that keeps the smoothing scale as it is: passes insert no update."""
+
 IN_DIM_UNSEEN = -1
 IN_DIM_CONFLICT = 2
 
+# flexible_layout lets Inductor keep one int8 buffer where two products read the same quantized activation; with a fixed
+# layout it makes one copy per consumer.
+_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout)
+
 for _name, _schema in _SCHEMAS.items():
-    # flexible_layout lets Inductor keep one int8 buffer where two products read the same quantized activation;
-    # with a fixed layout it makes one copy per consumer.
-    LIBRARY.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout))
+    LIBRARY.define(_name + _schema, tags=_TAGS)  # type: ignore[no-untyped-call]
 
 
 def tokens_of(x: Tensor) -> Tensor:
@@ -286,7 +291,7 @@ for _name, _real, _fake in (
     ("linear_grad_input", _linear_grad_input, _fake_linear_grad_input),
     ("int8_linear", _int8_linear, _fake_int8_linear),
 ):
-    LIBRARY.impl(_name, _real, "CompositeExplicitAutograd")
+    LIBRARY.impl(_name, _real, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
     torch.library.register_fake(f"quaff::{_name}", _fake, lib=LIBRARY)
 
 torch.library.register_autograd("quaff::linear", _linear_grad, setup_context=_save_for_linear_grad, lib=LIBRARY)

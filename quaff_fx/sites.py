@@ -21,7 +21,8 @@ class Site:
     """A frozen weight that a linear may read.
 
     Attributes:
-        name: the module's dotted name in the model. parameter: the weight's name in the module.
+        name: the module's dotted name in the model, without the wrappers of PEFT: ``layers.0.mlp.down_proj``.
+        parameter: the weight's name in the module.
         module: its owner. shape: of the parameter as the model has it. dtype: of the parameter.
         reason: why it is left alone; empty while it is observed or quantized.
     """
@@ -49,19 +50,25 @@ def find_sites(model: nn.Module, config: QuaffConfig) -> list[Site]:
     for name, module in model.named_modules(remove_duplicate=False):
         for parameter, weight in module._parameters.items():
             if weight is not None:
-                owners[id(weight)].append(f"{name}.{parameter}" if name else parameter)
+                owners[id(weight)].append(f"{_model_name(name)}.{parameter}" if name else parameter)
 
     sites = []
     for name, module in model.named_modules():
         for parameter, weight in module._parameters.items():
             if weight is None or weight.ndim < 2 or isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
                 continue
-            site = Site(name, parameter, module, tuple(weight.shape), weight.dtype)
+            site = Site(_model_name(name), parameter, module, tuple(weight.shape), weight.dtype)
             site.reason = _reason_left_alone(site, weight, owners[id(weight)], config)
             sites.append(site)
     config.check_patterns([site.name for site in sites])
     _check_something_is_left(sites)
     return sites
+
+
+def _model_name(name: str) -> str:
+    """The name that a module had before PEFT wrapped it: what people write in a pattern."""
+    parts = [part for part in name.removeprefix("base_model.model.").split(".") if part != "base_layer"]
+    return ".".join(parts)
 
 
 def _reason_left_alone(site: Site, weight: nn.Parameter, names: list[str], config: QuaffConfig) -> str:
@@ -115,7 +122,7 @@ def find_blocks(model: nn.Module, sites: list[Site]) -> list[nn.Module]:
     blocks: list[nn.Module] = []
 
     def visit(module: nn.Module) -> None:
-        children = [child for child in module.children()]
+        children = list(module.children())
         found: list[nn.Module] = []
         if isinstance(module, (nn.ModuleList, nn.Sequential)):
             by_class: dict[type, list[nn.Module]] = defaultdict(list)

@@ -119,7 +119,7 @@ class Stages:
             outliers.commit()
 
     def uninstall(self) -> None:
-        """Gives the model back with plain float weights and uncompiled calls: as it was, or dequantized if converted."""
+        """Gives the model back with plain float weights and uncompiled calls; dequantized if it was converted."""
         self._close_bar()
         for site in self.active_sites():
             state.restore(site.module, site.parameter)

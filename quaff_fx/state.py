@@ -7,7 +7,6 @@ One class per kind of base module is shared by all instances, so that layers sha
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -32,7 +31,8 @@ class _KeepsFloat32(nn.Module):
                 return moved
             return tensor.to(moved.device)
 
-        return super()._apply(keep_dtype, recurse)
+        super()._apply(keep_dtype, recurse)  # type: ignore[no-untyped-call]
+        return self
 
 
 class ObservedWeight(_KeepsFloat32):
@@ -66,7 +66,10 @@ class ObservedWeight(_KeepsFloat32):
         """Returns the weight: itself in eager code, a marker for the passes while being traced."""
         if not torch.compiler.is_compiling():
             return weight
-        return torch.ops.quaff.observe_weight.default(weight, self.step_absmax, self.step_count, self.in_dim_seen)
+        marker: Tensor = torch.ops.quaff.observe_weight.default(
+            weight, self.step_absmax, self.step_count, self.in_dim_seen
+        )
+        return marker
 
     def start_step(self) -> None:
         """Forgets what a replayed or evaluated forward has written since the last step."""
@@ -88,8 +91,10 @@ class OutlierState(_KeepsFloat32):
 
     Attributes:
         outlier_channels: (O,) int64. outlier_w_absmax: (O,) float32, absmax of those weight columns.
-        smoothing_scale: (O,) float32, what the graph reads. next_smoothing_scale: (O,), what it writes; `commit`
-            copies one to the other between steps, so a replayed forward reads what the first one read.
+        smoothing_scale: (O,) float32, what the graph reads; infinite where the channels are computed in float alone.
+        next_smoothing_scale: (O,), what the graph writes; `commit` copies one to the other between steps, so a
+            replayed forward reads what the first one read.
+        momentum: γ; with `ops.STATIC_MOMENTUM` the graph writes nothing.
     """
 
     outlier_channels: Tensor
@@ -97,13 +102,14 @@ class OutlierState(_KeepsFloat32):
     smoothing_scale: Tensor
     next_smoothing_scale: Tensor
 
-    def __init__(self, outlier_channels: Tensor, outlier_w_absmax: Tensor, x_absmax: Tensor, momentum: float) -> None:
+    def __init__(
+        self, outlier_channels: Tensor, outlier_w_absmax: Tensor, smoothing_scale: Tensor, momentum: float
+    ) -> None:
         super().__init__()
-        target = numerics.smoothing_target(x_absmax, outlier_w_absmax)
         self.register_buffer("outlier_channels", outlier_channels)
         self.register_buffer("outlier_w_absmax", outlier_w_absmax)
-        self.register_buffer("smoothing_scale", target)
-        self.register_buffer("next_smoothing_scale", target.clone())
+        self.register_buffer("smoothing_scale", smoothing_scale)
+        self.register_buffer("next_smoothing_scale", smoothing_scale.clone())
         self.momentum = momentum
 
     def commit(self) -> None:
@@ -196,7 +202,7 @@ class Int8Weight(Tensor):
             cls, (n, k) if state.in_dim == 1 else (k, n), dtype=state.dtype, device=state.w_int8.device
         )
         view._state = state
-        return view  # type: ignore[no-any-return]
+        return view
 
     def __repr__(self, *, tensor_contents: object = None) -> str:  # type: ignore[override]
         return f"Int8Weight(shape={tuple(self.shape)}, dtype={self.dtype})"
@@ -210,10 +216,10 @@ class Int8Weight(Tensor):
         if (operands := cls._linear_operands(func, args, kwargs or {})) is not None:
             x, weight, bias = operands
             return weight._state.linear(x, bias)
-        return super().__torch_function__(func, types, args, kwargs or {})
+        return super().__torch_function__(func, types, args, kwargs or {})  # type: ignore[no-untyped-call]
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if func._schema.is_mutable and isinstance(args[0], cls):
@@ -251,8 +257,14 @@ class Int8Weight(Tensor):
         )
 
 
-@functools.cache
+_MARKED_CLASSES: dict[tuple[type[nn.Module], tuple[str, ...]], type[nn.Module]] = {}
+
+
 def _marked_class(base: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
+    """Returns the class of modules like `base` whose parameters `names` are read through their states."""
+    if (base, names) in _MARKED_CLASSES:
+        return _MARKED_CLASSES[base, names]
+
     def reader(name: str) -> property:
         def read(module: nn.Module) -> Tensor:
             return module._modules[SLOT_PREFIX + name].read(module._parameters.get(name))  # type: ignore[union-attr,operator,no-any-return]
@@ -263,7 +275,9 @@ def _marked_class(base: type[nn.Module], names: tuple[str, ...]) -> type[nn.Modu
         return _rebuild, (base, names), module.__getstate__()  # type: ignore[no-untyped-call]
 
     body = {name: reader(name) for name in names} | {"__reduce_ex__": reduce, "__module__": __name__}
-    return type(f"Quaff{base.__name__}", (base,), {**body, "quaff_base": base, "quaff_names": names})
+    marked = type(f"Quaff{base.__name__}", (base,), {**body, "quaff_base": base, "quaff_names": names})
+    _MARKED_CLASSES[base, names] = marked
+    return marked
 
 
 def _rebuild(base: type[nn.Module], names: tuple[str, ...]) -> nn.Module:

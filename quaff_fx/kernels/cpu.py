@@ -206,8 +206,8 @@ def reason_unavailable(variant: str = DEFAULT_VARIANT) -> str | None:
         return f"this CPU lacks {', '.join(sorted(missing))}"
     try:
         _library(variant)
-    except Exception as error:  # noqa: BLE001  no compiler, no OpenMP, a read-only cache, ...: all mean the same here
-        lines = [line for line in str(error).splitlines() if "error" in line.lower()] or str(error).splitlines()
+    except Exception as error:  # no compiler, no OpenMP, a read-only cache, ...: all mean the same here
+        lines = [line for line in str(error).splitlines() if "error: " in line] or str(error).splitlines()
         return f"the kernel cannot be compiled ({type(error).__name__}: {lines[0] if lines else 'no message'})"
     return None
 

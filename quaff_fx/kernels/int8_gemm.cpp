@@ -7,6 +7,7 @@
 #include <cstdlib>
 #include <pthread.h>
 
+#include "int8_few.h"
 #include "int8_isa.h"
 #include "int8_pack.h"
 #include "int8_quantize.h"
@@ -15,6 +16,9 @@
 namespace quaff {
 
 enum Status : int { kOk = 0, kActivationTooLarge = 1, kNoMemory = 2, kBadChannel = 3 };
+
+// The top bits of the OR of all activations + 64: clear exactly when all are within [-64, 63].
+constexpr uint32_t kTooLarge = 0x80808080u;
 
 // A buffer of each thread that grows and is freed with the thread.
 class Scratch {
@@ -56,18 +60,17 @@ struct Split {
   int panels;
 };
 
-// The cut with the least time on the busiest thread: packing a panel costs as much as multiplying about four rows.
-static Split choose_split(int64_t panels, int64_t blocks, int64_t rows_per_block, int threads) {
-  constexpr int64_t kPackRows = 6;
+// The cut with the least time on the busiest thread, in rows of one panel.
+static Split choose_split(int64_t panels, int64_t blocks, int64_t block_rows, bool is_transposed, int threads) {
   Split best = {};
   int64_t best_cost = INT64_MAX;
   for (int width = kStripPanels; width >= 1; width /= 2) {
     const int64_t strips = (panels + width - 1) / width;
+    // A narrow strip of columns uses a part of each cache line, and its neighbours fetch the line again.
+    const int64_t pack = is_transposed && width < kStripPanels ? 2 * kPackRows : kPackRows;
     for (int64_t chunks = 1; chunks <= blocks && chunks <= 4 * threads; chunks++) {
-      const int64_t chunk_blocks = (blocks + chunks - 1) / chunks;
-      const int64_t jobs = (strips * chunks + threads - 1) / threads;
-      // Narrow strips read cache lines of the weight twice in the backward direction.
-      const int64_t cost = jobs * width * (chunk_blocks * rows_per_block + kPackRows * (kStripPanels + width) / width);
+      const int64_t rows = (blocks + chunks - 1) / chunks * block_rows;
+      const int64_t cost = (strips * chunks + threads - 1) / threads * width * (rows + pack);
       if (cost < best_cost) {
         best_cost = cost;
         best = {strips, chunks, width};
@@ -87,49 +90,55 @@ struct Weights {
 };
 
 template <class Dot>
-static int64_t strip_dwords(const Product& product) {
+static int64_t panel_dwords(const Product& product) {
   return (product.reduction + 3) / 4 * Dot::kSplit * kPanel;
+}
+
+// Fills in all of a panel but its packed weights; `outlier` has room for outliers x kPanel values.
+template <class Dot>
+static void describe_panel(const Product& product, const Weights& weights, int64_t first, int offset,
+                           const int32_t* sums, float* outlier, Panel& panel) {
+  panel.first = first;
+  panel.columns = static_cast<int>(product.columns - first < kPanel ? product.columns - first : kPanel);
+  panel.outlier = outlier;
+  for (int i = 0; i < kPanel; i++) {
+    const int64_t column = first + (i < panel.columns ? i : panel.columns - 1);
+    const uint32_t shift = static_cast<uint32_t>(offset) * static_cast<uint32_t>(sums[i]);
+    panel.start[i] = Dot::kOffset ? static_cast<int32_t>(0u - shift) : 0;
+    panel.scale[i] = weights.w_scale ? weights.w_scale[column] : 1.0f;
+    panel.bias[i] = weights.bias ? weights.bias[column] : 0.0f;
+    for (int64_t o = 0; o < product.outliers; o++) {
+      outlier[o * kPanel + i] = weights.w_outlier[o * product.columns + column];
+    }
+  }
 }
 
 // Packs the weights of columns [first, first + columns) into `memory` and describes them in `panels`.
 template <class Dot>
 static void pack_strip(const Product& product, const Weights& weights, int64_t first, int columns, int offset,
                        int32_t* memory, Panel* panels) {
-  const int64_t panel_size = strip_dwords<Dot>(product);
-  float* const outlier = reinterpret_cast<float*>(memory + kStripPanels * panel_size);
-  int32_t sums[kStrip];
+  const int64_t size = panel_dwords<Dot>(product);
+  float* const outlier = reinterpret_cast<float*>(memory + kStripPanels * size);
+  int32_t sums[kStrip] = {};
   if (weights.transposed) {
-    pack_strip_columns<Dot>(weights.w + first, product.reduction, product.columns, columns, memory, panel_size, sums);
+    pack_strip_columns<Dot>(weights.w + first, product.reduction, product.columns, columns, memory, size, sums);
   }
   for (int p = 0; p * kPanel < columns; p++) {
-    Panel& panel = panels[p];
-    panel.weights = memory + p * panel_size;
-    panel.groups = panel_size / kPanel;
-    panel.outlier = outlier + p * product.outliers * kPanel;
-    panel.first = first + p * kPanel;
-    panel.columns = columns - p * kPanel < kPanel ? columns - p * kPanel : kPanel;
+    const int64_t start = first + p * kPanel;
     if (!weights.transposed) {
-      pack_panel_rows<Dot>(weights.w + panel.first * product.reduction, product.reduction, panel.columns,
-                           memory + p * panel_size, sums + p * kPanel);
+      const int here = columns - p * kPanel < kPanel ? columns - p * kPanel : kPanel;
+      pack_panel_rows<Dot>(weights.w + start * product.reduction, product.reduction, here, memory + p * size,
+                           sums + p * kPanel);
     }
-    for (int i = 0; i < kPanel; i++) {
-      const int64_t column = panel.first + (i < panel.columns ? i : panel.columns - 1);
-      const uint32_t shift = static_cast<uint32_t>(offset) * static_cast<uint32_t>(sums[p * kPanel + i]);
-      panel.start[i] = Dot::kOffset ? static_cast<int32_t>(0u - shift) : 0;
-      panel.scale[i] = weights.w_scale ? weights.w_scale[column] : 1.0f;
-      panel.bias[i] = weights.bias ? weights.bias[column] : 0.0f;
-    }
-    for (int64_t o = 0; o < product.outliers; o++) {
-      for (int i = 0; i < kPanel; i++) {
-        outlier[(p * product.outliers + o) * kPanel + i] =
-            i < panel.columns ? weights.w_outlier[o * product.columns + panel.first + i] : 0.0f;
-      }
-    }
+    describe_panel<Dot>(product, weights, start, offset, sums + p * kPanel, outlier + p * product.outliers * kPanel,
+                        panels[p]);
+    panels[p].weights = memory + p * size;
+    panels[p].groups = size / kPanel;
   }
 }
 
 template <class Dot>
-static int multiply_all(const int8_t* a, const Product& product, const Weights& weights, int activation_max,
+static int multiply_many(const int8_t* a, const Product& product, const Weights& weights, int activation_max,
                         int threads) {
   const int offset = activation_max > 63 ? 128 : 64;
   const int64_t groups = (product.reduction + 3) / 4 * Dot::kSplit;
@@ -139,9 +148,9 @@ static int multiply_all(const int8_t* a, const Product& product, const Weights& 
   int32_t* const packed = static_cast<int32_t*>(activation_scratch.grow((product.tokens * groups + kLanes) * 4));
   if (packed == nullptr) return kNoMemory;
 
-  threads = usable_threads(threads, product.tokens * product.columns / 4 * (product.reduction / 64 + 1));
+  threads = usable_threads(threads, (product.tokens + kPackRows) * product.columns * product.reduction / 64);
   const int64_t panels = (product.columns + kPanel - 1) / kPanel;
-  const Split cut = choose_split(panels, blocks, block_rows + (longer > 0), threads);
+  const Split cut = choose_split(panels, blocks, block_rows + (longer > 0), weights.transposed, threads);
   const int64_t width = cut.panels * kPanel;
   uint32_t seen = 0;
   int status = kOk;
@@ -153,7 +162,7 @@ static int multiply_all(const int8_t* a, const Product& product, const Weights& 
       seen |= pack_rows<Dot>(a + row * product.reduction, product.reduction, static_cast<int>(first_row(block + 1) - row),
                              offset, packed + row * groups);
     }
-    const size_t bytes = kStripPanels * (strip_dwords<Dot>(product) + product.outliers * kPanel) * 4;
+    const size_t bytes = kStripPanels * (panel_dwords<Dot>(product) + product.outliers * kPanel) * 4;
     int32_t* const memory = static_cast<int32_t*>(weight_scratch.grow(bytes));
     if (memory == nullptr) status = kNoMemory;
     Panel strip[kStripPanels];
@@ -171,8 +180,95 @@ static int multiply_all(const int8_t* a, const Product& product, const Weights& 
       }
     }
   }
-  if (activation_max <= 63 && (seen & 0x80808080u)) return kActivationTooLarge;
+  if (activation_max <= 63 && (seen & kTooLarge)) return kActivationTooLarge;
   return status;
+}
+
+// Few tokens in the forward direction: jobs are panels.
+template <class Dot, int rows>
+static int multiply_few_forward(const int8_t* a, const Product& product, const Weights& weights, int activation_max,
+                                int threads) {
+  const int offset = activation_max > 63 ? 128 : 64;
+  const int64_t chunks = (product.reduction + kChunk - 1) / kChunk;
+  vint* const copy = static_cast<vint*>(activation_scratch.grow(chunks * Dot::kSplit * rows * sizeof(vint)));
+  if (copy == nullptr && chunks > 0) return kNoMemory;
+  const uint32_t seen = copy_rows<Dot>(a, product.reduction, rows, offset, copy);
+  if (activation_max <= 63 && (seen & kTooLarge)) return kActivationTooLarge;
+  int status = kOk;
+#pragma omp parallel num_threads(threads) reduction(max : status)
+  {
+    float* const outlier = static_cast<float*>(weight_scratch.grow((product.outliers + 1) * kPanel * sizeof(float)));
+    if (outlier == nullptr) status = kNoMemory;
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t first = 0; first < product.columns; first += kPanel) {
+      if (outlier == nullptr) continue;
+      const int columns = static_cast<int>(product.columns - first < kPanel ? product.columns - first : kPanel);
+      vint acc[rows][kVectors];
+      int32_t sums[kPanel];
+      multiply_rows<Dot, rows>(copy, weights.w + first * product.reduction, product.reduction, columns, acc, sums);
+      Panel panel;
+      describe_panel<Dot>(product, weights, first, offset, sums, outlier, panel);
+      store_few<rows>(product, panel, acc);
+    }
+  }
+  return status;
+}
+
+// Few tokens in the backward direction: jobs are ranges of up to kFewStrips strips of columns.
+template <class Dot, int rows>
+static int multiply_few_backward(const int8_t* a, const Product& product, const Weights& weights, int activation_max,
+                                 int threads) {
+  const int offset = activation_max > 63 ? 128 : 64;
+  const int64_t groups = (product.reduction + 3) / 4 * Dot::kSplit;
+  int32_t* const packed = static_cast<int32_t*>(activation_scratch.grow((rows * groups + kLanes) * 4));
+  if (packed == nullptr) return kNoMemory;
+  const uint32_t seen = pack_rows<Dot>(a, product.reduction, rows, offset, packed);
+  if (activation_max <= 63 && (seen & kTooLarge)) return kActivationTooLarge;
+  const int64_t strips = (product.columns + kStrip - 1) / kStrip, share = (strips + threads - 1) / threads;
+  const int64_t width = (share < kFewStrips ? share : kFewStrips) * kStrip;
+  int status = kOk;
+#pragma omp parallel num_threads(threads) reduction(max : status)
+  {
+    constexpr int kVectorsPerRow = kFewStrips * kInterleaved;
+    const size_t bytes = (rows + 1) * kVectorsPerRow * sizeof(vint);
+    char* const memory = static_cast<char*>(weight_scratch.grow(bytes + product.outliers * kPanel * sizeof(float)));
+    if (memory == nullptr) status = kNoMemory;
+    vint* const total = reinterpret_cast<vint*>(memory);
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t first = 0; first < product.columns; first += width) {
+      if (memory == nullptr) continue;
+      const int columns = static_cast<int>(product.columns - first < width ? product.columns - first : width);
+      add_columns<Dot, rows>(packed, weights.w + first, product.reduction, product.columns, columns, total);
+      for (int at = 0; at < columns; at += kPanel) {
+        int32_t sums[kPanel];
+        std::memcpy(sums, total + rows * kVectorsPerRow + at / kLanes, sizeof(sums));
+        vint acc[rows][kVectors];
+        for (int r = 0; r < rows; r++) std::memcpy(acc[r], total + r * kVectorsPerRow + at / kLanes, sizeof(acc[r]));
+        Panel panel;
+        describe_panel<Dot>(product, weights, first + at, offset, sums, reinterpret_cast<float*>(memory + bytes), panel);
+        store_few<rows>(product, panel, acc);
+      }
+    }
+  }
+  return status;
+}
+
+template <class Dot, int rows = kFewTokens>
+static int multiply_few(const int8_t* a, const Product& product, const Weights& weights, int activation_max,
+                        int threads) {
+  if constexpr (rows > 1) {
+    if (product.tokens < rows) return multiply_few<Dot, rows - 1>(a, product, weights, activation_max, threads);
+  }
+  threads = usable_threads(threads, kPackRows * product.columns * product.reduction / 64);
+  if (weights.transposed) return multiply_few_backward<Dot, rows>(a, product, weights, activation_max, threads);
+  return multiply_few_forward<Dot, rows>(a, product, weights, activation_max, threads);
+}
+
+template <class Dot>
+static int multiply_all(const int8_t* a, const Product& product, const Weights& weights, int activation_max,
+                        int threads) {
+  const auto multiply = product.tokens <= kFewTokens ? multiply_few<Dot, kFewTokens> : multiply_many<Dot>;
+  return multiply(a, product, weights, activation_max, threads);
 }
 
 static int quantize_all(const Rows& rows, int64_t tokens, int8_t* x_int8, float* x_scale, float* x_outlier,

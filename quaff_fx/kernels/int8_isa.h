@@ -39,21 +39,22 @@
 namespace quaff {
 
 // kLanes: dwords in a vector. kVectors: vectors in one row of a tile. kMaxRows: rows of the largest tile, as many as
-// leave the accumulators, one row of weights and one broadcast in registers.
+// leave the accumulators, one row of weights and one broadcast in registers. kPackRows: how many rows of a tile cost as
+// much as packing its weights, measured.
 #if defined(QUAFF_AVX512)
-constexpr int kLanes = 16, kVectors = 2, kMaxRows = 14;
+constexpr int kLanes = 16, kVectors = 2, kMaxRows = 14, kPackRows = 16;
 constexpr const char* kName = "avx512_vnni";
 #elif defined(QUAFF_AVX_VNNI)
-constexpr int kLanes = 8, kVectors = 2, kMaxRows = 6;
+constexpr int kLanes = 8, kVectors = 2, kMaxRows = 6, kPackRows = 12;
 constexpr const char* kName = "avx_vnni";
 #elif defined(QUAFF_AVX2)
-constexpr int kLanes = 8, kVectors = 2, kMaxRows = 4;
+constexpr int kLanes = 8, kVectors = 2, kMaxRows = 4, kPackRows = 8;
 constexpr const char* kName = "avx2";
 #elif defined(QUAFF_NEON)
-constexpr int kLanes = 4, kVectors = 4, kMaxRows = 4;
+constexpr int kLanes = 4, kVectors = 4, kMaxRows = 4, kPackRows = 8;
 constexpr const char* kName = "neon_dotprod";
 #else
-constexpr int kLanes = 4, kVectors = 4, kMaxRows = 4;
+constexpr int kLanes = 4, kVectors = 4, kMaxRows = 4, kPackRows = 8;
 constexpr const char* kName = "generic";
 #endif
 

@@ -9,7 +9,10 @@
 
 namespace quaff {
 
-constexpr int kChunk = kLanes * 4;  // reduction values packed at a time: one vector of int8
+constexpr int kChunk = kLanes * 4;       // reduction values packed at a time: one vector of int8
+constexpr int kPrefetchBytes = 256;      // how far ahead a row of weights is fetched
+constexpr int kPrefetchRows = 16;        // how far ahead rows are fetched where a strip of columns is packed; the
+                                         // hardware does not see such a pattern across pages
 
 // ---- Transposes of kLanes x kLanes dwords. ------------------------------------------------------------------------
 
@@ -124,6 +127,18 @@ constexpr int kStrip = kInterleaved * kLanes;  // columns packed together in the
 constexpr int kStripPanels = kStrip / kPanel;
 static_assert(kStripPanels * kPanel == kStrip, "a strip is whole panels");
 
+// Interleaves the first kStrip columns of four rows that are `stride` apart; what lies beyond `rows` or `columns` is 0.
+static inline void interleave_rows(const int8_t* from, int64_t rows, int64_t stride, int columns,
+                                   vint (&result)[kInterleaved]) {
+  if (rows >= 4 && columns >= kStrip) {
+    interleave({from, from + stride, from + 2 * stride, from + 3 * stride}, result);
+    return;
+  }
+  int8_t edge[4][kStrip] = {};
+  for (int i = 0; i < 4 && i < rows; i++) std::memcpy(edge[i], from + i * stride, columns < kStrip ? columns : kStrip);
+  interleave({edge[0], edge[1], edge[2], edge[3]}, result);
+}
+
 // ---- Weights. -----------------------------------------------------------------------------------------------------
 
 // Writes one vector of weight dwords (columns `at` of a panel, dword `group`) and adds it to the column sums.
@@ -140,15 +155,18 @@ static inline void put_weights(int32_t* panel, int64_t group, int at, vint packe
 template <class Dot>
 static void pack_panel_rows(const int8_t* w, int64_t reduction, int columns, int32_t* panel, int32_t* sums) {
   for (int at = 0; at < kPanel; at += kLanes) {
-    vint sum = {};
+    vint sum[4] = {};  // four, so that additions need not wait for each other
     const int8_t* rows[kLanes];
     for (int i = 0; i < kLanes; i++) rows[i] = w + (at + i < columns ? at + i : columns - 1) * reduction;
     vint tile[kLanes];
     int64_t k = 0;
     for (; k + kChunk <= reduction; k += kChunk) {
-      for (int i = 0; i < kLanes; i++) tile[i] = load<vint>(rows[i] + k);
+      for (int i = 0; i < kLanes; i++) {
+        tile[i] = load<vint>(rows[i] + k);
+        __builtin_prefetch(rows[i] + k + kPrefetchBytes);
+      }
       transpose(tile);
-      for (int i = 0; i < kLanes; i++) put_weights<Dot>(panel, k / 4 + i, at, tile[i], sum);
+      for (int i = 0; i < kLanes; i++) put_weights<Dot>(panel, k / 4 + i, at, tile[i], sum[i % 4]);
     }
     if (k < reduction) {
       for (int i = 0; i < kLanes; i++) {
@@ -156,9 +174,9 @@ static void pack_panel_rows(const int8_t* w, int64_t reduction, int columns, int
         std::memcpy(&tile[i], rows[i] + k, reduction - k);
       }
       transpose(tile);
-      for (int i = 0; 4 * i < reduction - k; i++) put_weights<Dot>(panel, k / 4 + i, at, tile[i], sum);
+      for (int i = 0; 4 * i < reduction - k; i++) put_weights<Dot>(panel, k / 4 + i, at, tile[i], sum[i % 4]);
     }
-    store(sums + at, sum);
+    store(sums + at, sum[0] + sum[1] + sum[2] + sum[3]);
   }
 }
 
@@ -169,22 +187,10 @@ static void pack_strip_columns(const int8_t* w, int64_t reduction, int64_t strid
                                int64_t panel_size, int32_t* sums) {
   vint sum[kInterleaved] = {};
   const int used = (columns + kPanel - 1) / kPanel * kVectors;  // vectors that belong to a panel in use
-  int8_t edge[4][kStrip] = {};
   for (int64_t k = 0; k < reduction; k += 4) {
-    const int8_t* rows[4];
-    for (int i = 0; i < 4; i++) rows[i] = w + (k + i) * stride;
-    if (columns < kStrip || k + 4 > reduction) {
-      for (int i = 0; i < 4; i++) {
-        if (k + i < reduction) {
-          std::memcpy(edge[i], rows[i], columns);
-        } else {
-          std::memset(edge[i], 0, kStrip);
-        }
-        rows[i] = edge[i];
-      }
-    }
+    for (int i = 0; i < 4; i++) __builtin_prefetch(w + (k + kPrefetchRows + i) * stride);
     vint packed[kInterleaved];
-    interleave(rows, packed);
+    interleave_rows(w + k * stride, reduction - k, stride, columns, packed);
     for (int i = 0; i < used; i++) {
       put_weights<Dot>(panels + i / kVectors * panel_size, k / 4, i % kVectors * kLanes, packed[i], sum[i]);
     }

@@ -58,9 +58,9 @@ static inline vint quantize_vector(vfloat x, float scale, float inverse, int lim
   }
   // Adding 1.5 * 2^23 leaves the rounded integer in the low bits of the sum.
   vint value = (vint)(quotient + 12582912.0f) - 0x4b400000;
-  const vint above = value > limit, below = value < -limit;
-  value = (value & ~above) | ((vint{} + limit) & above);
-  return (value & ~below) | ((vint{} - limit) & below);
+  const vint most = vint{} + limit;
+  value = value < most ? value : most;
+  return value > -most ? value : -most;
 }
 
 static inline float load_one(const void* from, int kind, int64_t index) {
@@ -85,9 +85,10 @@ static void quantize_row(const Rows& rows, int64_t token, float* row, int8_t* x_
     row[i] = i < width ? load_one(x, rows.kind, i) * (rows.column_scale ? rows.column_scale[i] : 1.0f) : 0.0f;
   }
   for (int64_t o = 0; o < rows.outliers; o++) {
-    const float smooth = load_one(x, rows.kind, rows.channels[o]) / rows.smoothing[o];
-    row[rows.channels[o]] = smooth;
-    x_outlier[token * rows.outliers + o] = smooth * (rows.smoothing[o] - 1.0f);
+    const float value = load_one(x, rows.kind, rows.channels[o]);
+    const float inverse = 1.0f / rows.smoothing[o];  // 0 for a channel that leaves the int8 product (s infinite)
+    row[rows.channels[o]] = value * inverse;
+    x_outlier[token * rows.outliers + o] = value * (1.0f - inverse);
   }
 
   // As integers, absolute values order like floats, with infinity and NaN on top.

@@ -57,26 +57,43 @@ static inline __attribute__((always_inline)) void multiply(const int32_t* a, con
   }
 }
 
-// Computes rows [row, row + rows) of the panel's columns from a packed block of activations and stores them:
-// out = acc * a_scale * w_scale + bias + a_outlier w_outlier.
-template <class Dot, int rows>
-static void run_tile(const Product& product, const Panel& panel, const int32_t* a, int64_t row) {
-  // A partial panel takes its results through a small buffer.
-  const bool whole = panel.columns == kPanel;
-  alignas(64) char edge[rows * kPanel * 4];
-  const int size = product.out_kind == kInt32 || product.out_kind == kFloat32 ? 4 : 2;
-  char* const target = static_cast<char*>(product.out) + (row * product.columns + panel.first) * size;
-  char* const out = whole ? target : edge;
-  const int64_t stride = whole ? product.columns : kPanel;
-  // The result is written once, to lines that nobody has read: have them here when the sums are done.
-  for (int r = 0; r < rows; r++) {
-    __builtin_prefetch(target + r * product.columns * size, 1);
-    __builtin_prefetch(target + r * product.columns * size + kPanel * size - 1, 1);
+// Where the results of a tile go: straight to the output, or through a buffer where the panel is not whole.
+template <int rows>
+struct Target {
+  static constexpr int kLargest = 4;  // bytes of a result
+  int size;
+  char* output;  // row 0 of the tile
+  int64_t output_stride;
+  bool is_whole;
+  alignas(64) char edge[rows * kPanel * kLargest];
+
+  Target(const Product& product, const Panel& panel, int64_t row)
+      : size(product.out_kind == kInt32 || product.out_kind == kFloat32 ? 4 : 2),
+        output(static_cast<char*>(product.out) + (row * product.columns + panel.first) * size),
+        output_stride(product.columns),
+        is_whole(panel.columns == kPanel) {}
+
+  // Results are written once, to lines that nobody has read: asks for them while the sums are still being made.
+  void prefetch() const {
+    for (int r = 0; r < rows; r++) {
+      __builtin_prefetch(output + r * output_stride * size, 1);
+      __builtin_prefetch(output + (r * output_stride + kPanel - 1) * size, 1);
+    }
   }
+  char* memory() { return is_whole ? output : edge; }
+  int64_t stride() const { return is_whole ? output_stride : kPanel; }
+  void finish(int columns) const {
+    if (is_whole) return;
+    for (int r = 0; r < rows; r++) std::memcpy(output + r * output_stride * size, edge + r * kPanel * size, columns * size);
+  }
+};
 
-  vint acc[rows][kVectors];
-  multiply<Dot, rows>(a, panel, acc);
-
+// Stores the sums of rows [row, row + rows): out = acc * a_scale * w_scale + bias + a_outlier w_outlier.
+template <int rows>
+static inline __attribute__((always_inline)) void store_tile(const Product& product, const Panel& panel, int64_t row,
+                                                             const vint (&acc)[rows][kVectors], Target<rows>& target) {
+  char* const out = target.memory();
+  const int64_t stride = target.stride();
   if (product.out_kind == kInt32) {
     QUAFF_UNROLL
     for (int r = 0; r < rows; r++) {
@@ -114,12 +131,17 @@ static void run_tile(const Product& product, const Panel& panel, const int32_t* 
       for (int v = 0; v < kVectors; v++) store_kind(out, product.out_kind, r * stride + v * kLanes, result[r][v]);
     }
   }
-  if (!whole) {
-    QUAFF_UNROLL
-    for (int r = 0; r < rows; r++) {
-      std::memcpy(target + r * product.columns * size, edge + r * kPanel * size, panel.columns * size);
-    }
-  }
+  target.finish(panel.columns);
+}
+
+// One tile from packed operands: rows [row, row + rows) of the panel's columns.
+template <class Dot, int rows>
+static void run_tile(const Product& product, const Panel& panel, const int32_t* a, int64_t row) {
+  Target<rows> target(product, panel, row);
+  target.prefetch();
+  vint acc[rows][kVectors];
+  multiply<Dot, rows>(a, panel, acc);
+  store_tile<rows>(product, panel, row, acc, target);
 }
 
 typedef void (*Tile)(const Product&, const Panel&, const int32_t*, int64_t);

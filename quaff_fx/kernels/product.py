@@ -100,7 +100,7 @@ def reason_no_kernel() -> str | None:
     reason = cpu.reason_unavailable()
     if reason is not None:
         warnings.warn(
-            f"int8 product: {reason}, expected a compiled kernel. Results are exact, but a step is slower than float32.",
+            f"int8 product: {reason}, expected a compiled kernel. Results are exact; a step is slower than float32.",
             QuaffWarning,
             stacklevel=3,
         )
