@@ -76,7 +76,7 @@ def calibrate(model: Model, batches: Iterable[Any], *, forward: Callable[[Model,
     was_training = model.training
     model.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), calls.without_kv_cache(model):
             for batch in tqdm(batches, desc="quaff_fx: calibrating", disable=not stages.config.progress, leave=False):
                 stages.observe_step(lambda batch=batch: run(model, batch), show=False)  # type: ignore[misc]
     finally:

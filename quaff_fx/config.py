@@ -22,7 +22,7 @@ class QuaffConfig:
         outlier_budget: largest share of a site's input channels that may be outlier channels, in [0, 0.25]; a
             number, or a mapping from patterns (``"down_proj"``) to numbers, where ``"*"`` stands for the rest.
         outlier_rule: ``"absmax_rank"`` counts, per step, the channels of largest absolute value;
-            ``"mean_multiple"`` (the paper's code) counts values over ``outlier_threshold`` times the mean absolute value.
+            ``"mean_multiple"`` (the paper's code) counts values over ``outlier_threshold`` × the mean absolute value.
         outlier_threshold: the multiple of ``"mean_multiple"``; the paper's code uses 100.
         smoothing: what happens to outlier channels. ``"split"``: they leave the int8 product and are computed in float,
             the limit of a large smoothing scale. ``"momentum"``: Quaff as in the paper, they are divided by a smoothing

@@ -146,7 +146,8 @@ def _warn_of_held_weights(held: list[tuple[str, weakref.ref[Tensor]]]) -> None:
     alive = [(name, weight) for name, reference in held if (weight := reference()) is not None]
     if not alive:
         return
-    optimizers = {type(o).__name__ for o in gc.get_objects() if isinstance(o, torch.optim.Optimizer)}
+    # By type, since isinstance would run the __class__ properties of every object there is.
+    optimizers = {type(o).__name__ for o in gc.get_objects() if issubclass(type(o), torch.optim.Optimizer)}
     size = sum(weight.numel() * weight.element_size() for _, weight in alive) / 2**20
     holder = f" An optimizer ({', '.join(sorted(optimizers))}) may have been built over them." if optimizers else ""
     warnings.warn(

@@ -22,12 +22,13 @@ class Row:
     """One weight matrix.
 
     Attributes:
-        name: of the module. shape: of the weight. stage: ``"int8"``, ``"observed"`` or ``"float"``.
+        name: of the module. weight: of the parameter. shape: of the weight. stage: ``"int8"``, ``"observed"`` or ``"float"``.
         activation_bits: of its input, None in float. outlier_channels: the most stable first.
         bytes_before, bytes_after: of the weight and all that replaces it. reason: why it is left alone.
     """
 
     name: str
+    weight: str
     shape: tuple[int, ...]
     stage: str
     activation_bits: int | None
@@ -130,9 +131,9 @@ def _row(site: Site, weight: ObservedWeight | QuantizedWeight | None) -> Row:
     if isinstance(weight, QuantizedWeight):
         channels = tuple(weight.outliers.outlier_channels.tolist())
         bits = 8 if weight.activation_max == 127 else 7
-        return Row(site.name, site.shape, "int8", bits, channels, before, weight.weight_bytes(), "")
+        return Row(site.name, site.weight_name, site.shape, "int8", bits, channels, before, weight.weight_bytes(), "")
     stage = "observed" if isinstance(weight, ObservedWeight) else "float"
-    return Row(site.name, site.shape, stage, None, (), before, before, site.reason)
+    return Row(site.name, site.weight_name, site.shape, stage, None, (), before, before, site.reason)
 
 
 def _channels(channels: tuple[int, ...]) -> str:

@@ -106,7 +106,9 @@ def _check_something_is_left(sites: list[Site]) -> None:
     for site in sites:
         counts[site.reason] += 1
     reasons = "; ".join(f"{count} × {reason}" for reason, count in counts.items())
-    raise ConfigError(f"model: has no frozen weight to quantize ({reasons}), expected at least one. See docs/usage.md.")
+    raise ConfigError(
+        f"model: has no frozen weight to quantize ({reasons}), expected at least one. Freeze some, or include them."
+    )
 
 
 def find_blocks(model: nn.Module, sites: list[Site]) -> list[nn.Module]:

@@ -72,13 +72,13 @@ def int8_linear(
             `a_int8` breaks the promise of ``activation_max=63``.
         RuntimeError: the library cannot be built (`reason_unavailable`), or no memory is left.
     """
-    _check("a_int8", a_int8, torch.int8, (None, None))
-    _check("w_int8", w_int8, torch.int8, (None, None))
+    a_int8 = _checked("a_int8", a_int8, torch.int8, (None, None))
+    w_int8 = _checked("w_int8", w_int8, torch.int8, (None, None))
     tokens, reduction = a_int8.shape
-    columns = w_int8.shape[1] if transpose_w else w_int8.shape[0]
-    if w_int8.shape[0 if transpose_w else 1] != reduction:
+    w_reduction, columns = w_int8.shape if transpose_w else reversed(w_int8.shape)
+    if w_reduction != reduction:
         raise ShapeError(
-            f"a_int8: has {reduction} columns, expected {w_int8.shape[0 if transpose_w else 1]} for a weight of shape "
+            f"a_int8: has {reduction} columns, expected {w_reduction} for a weight of shape "
             f"{tuple(w_int8.shape)} with transpose_w={transpose_w}. Pass operands that fit."
         )
     if reduction > INT32_MAX_REDUCTION:
@@ -93,41 +93,35 @@ def int8_linear(
         )
     if (a_outlier is None) != (w_outlier is None):
         raise ShapeError("a_outlier: comes alone, expected together with w_outlier. Pass both or neither.")
+    extras = (a_scale, w_scale, a_outlier, w_outlier, bias)
+    if out_dtype == torch.int32 and any(extra is not None for extra in extras):
+        raise ShapeError(
+            "out_dtype: is torch.int32 with scales, outliers or a bias, expected a floating dtype. "
+            "Integer results are bare accumulators; leave the rest out."
+        )
     outliers = 0 if a_outlier is None else a_outlier.shape[-1]
-    optional = {
-        "a_scale": (a_scale, (tokens,)),
-        "w_scale": (w_scale, (columns,)),
-        "a_outlier": (a_outlier, (tokens, outliers)),
-        "w_outlier": (w_outlier, (outliers, columns)),
-        "bias": (bias, (columns,)),
-    }
-    pointers: dict[str, int | None] = {}
-    alive = [a_int8.contiguous(), w_int8.contiguous()]  # what the pointers point to
-    for name, (tensor, shape) in optional.items():
-        if tensor is None:
-            pointers[name] = None
-            continue
-        if out_dtype == torch.int32:
-            raise ShapeError(f"{name}: is given, expected none with int32 results. Ask for a floating out_dtype.")
-        _check(name, tensor, torch.float32, shape)
-        alive.append(tensor.contiguous())
-        pointers[name] = alive[-1].data_ptr()
+    # Names keep what the pointers point to alive.
+    a_scale = None if a_scale is None else _checked("a_scale", a_scale, torch.float32, (tokens,))
+    w_scale = None if w_scale is None else _checked("w_scale", w_scale, torch.float32, (columns,))
+    a_outlier = None if a_outlier is None else _checked("a_outlier", a_outlier, torch.float32, (tokens, outliers))
+    w_outlier = None if w_outlier is None else _checked("w_outlier", w_outlier, torch.float32, (outliers, columns))
+    bias = None if bias is None else _checked("bias", bias, torch.float32, (columns,))
 
     out = torch.empty(tokens, columns, dtype=out_dtype)
     status = _library(variant).quaff_int8_linear(
-        alive[0].data_ptr(),
-        alive[1].data_ptr(),
+        a_int8.data_ptr(),
+        w_int8.data_ptr(),
         tokens,
         reduction,
         columns,
         transpose_w,
         activation_max,
-        pointers["a_scale"],
-        pointers["w_scale"],
-        pointers["a_outlier"],
-        pointers["w_outlier"],
+        None if a_scale is None else a_scale.data_ptr(),
+        None if w_scale is None else w_scale.data_ptr(),
+        None if a_outlier is None else a_outlier.data_ptr(),
+        None if w_outlier is None else w_outlier.data_ptr(),
         outliers,
-        pointers["bias"],
+        None if bias is None else bias.data_ptr(),
         out.data_ptr(),
         _KINDS[out_dtype],
         torch.get_num_threads(),
@@ -147,12 +141,13 @@ def quantize_activation(
     """Returns the smoothed activation in int8, its scale per token, and the operand of the outlier correction.
 
     ``x̂ = x / s`` with s_i = 1 outside the outlier channels, ``x_scale = absmax of the row of x̂ / Q``,
-    ``x_int8 = round(x̂ / x_scale)``, half to even, and ``x_outlier = x̂_O (s_O - 1)``. A row of zeros has scale 0; a
-    row with a non-finite value has scale NaN and zeros as integers.
+    ``x_int8 = round(x̂ / x_scale)``, half to even, and ``x_outlier = x̂_O (s_O - 1) = x_O (1 - 1 / s_O)``. A row of zeros
+    has scale 0; a row with a non-finite value has scale NaN and zeros as integers.
 
     Args:
         x: (T, K) float32, bfloat16 or float16, rows at any distance from each other.
-        outlier_channels: (O,) int64, distinct, in [0, K). smoothing_scale: (O,) float32, at least 1.
+        outlier_channels: (O,) int64, distinct, in [0, K). smoothing_scale: (O,) float32, at least 1;
+            infinity takes a channel out of the int8 product.
         activation_max: Q, 127 or 63.
         variant: a key of `VARIANTS`.
 
@@ -163,9 +158,8 @@ def quantize_activation(
         ShapeError: a shape, dtype or device does not fit, or a channel is out of range.
         RuntimeError: the library cannot be built (`reason_unavailable`), or no memory is left.
     """
-    _check("outlier_channels", outlier_channels, torch.int64, (None,))
-    _check("smoothing_scale", smoothing_scale, torch.float32, tuple(outlier_channels.shape))
-    channels, smoothing = outlier_channels.contiguous(), smoothing_scale.contiguous()
+    channels = _checked("outlier_channels", outlier_channels, torch.int64, (None,))
+    smoothing = _checked("smoothing_scale", smoothing_scale, torch.float32, tuple(channels.shape))
     return _quantize_rows("x", x, None, channels, smoothing, activation_max, variant)
 
 
@@ -186,8 +180,8 @@ def quantize_gradient(
         ShapeError: a shape, dtype or device does not fit.
         RuntimeError: the library cannot be built (`reason_unavailable`), or no memory is left.
     """
-    _check("w_scale", w_scale, torch.float32, (g.shape[-1] if g.ndim else None,))
-    return _quantize_rows("g", g, w_scale.contiguous(), None, None, activation_max, variant)[:2]
+    w_scale = _checked("w_scale", w_scale, torch.float32, (g.shape[-1] if g.ndim else None,))
+    return _quantize_rows("g", g, w_scale, None, None, activation_max, variant)[:2]
 
 
 def instruction_set(variant: str = DEFAULT_VARIANT) -> str:
@@ -236,7 +230,8 @@ def _library(variant: str) -> ctypes.CDLL:
     # Inductor's cache key holds "-march=native" but not what that means; a cache folder shared between machines would
     # hand one machine's code to another.
     processor = hashlib.sha256(" ".join(sorted(_cpu_flags())).encode()).hexdigest()
-    flags = (*VARIANTS[variant], "-ffp-contract=fast", "-Wno-maybe-uninitialized")  # the latter: gcc bug 105593
+    # The warnings are gcc bug 105593, in its own AVX512 headers.
+    flags = (*VARIANTS[variant], "-ffp-contract=fast", "-Wno-uninitialized", "-Wno-maybe-uninitialized")
     library: ctypes.CDLL = CppCodeCache.load(
         f"// CPU features: {processor}\n{source()}", extra_flags=flags, needs_vec_isa=False
     )
@@ -277,7 +272,8 @@ def _quantize_rows(
 ) -> tuple[Tensor, Tensor, Tensor]:
     if x.dtype not in _KINDS or x.dtype == torch.int32:
         raise ShapeError(f"{name}: is {x.dtype}, expected float32, bfloat16 or float16. Convert it first.")
-    _check(name, x, x.dtype, (None, None))
+    if not (x.ndim == 2 and x.is_cpu and x.layout == torch.strided):
+        raise _misfit(name, x, x.dtype, (None, None))
     _check_activation_max(activation_max)
     tokens, width = x.shape
     if x.stride(1) != 1:
@@ -310,16 +306,25 @@ def _quantize_rows(
     return x_int8, x_scale, x_outlier
 
 
-def _check(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int | None, ...]) -> None:
-    """Raises unless a tensor is a strided CPU tensor of `dtype` and `shape`, where None stands for any size."""
-    if tensor.device.type != "cpu" or tensor.layout != torch.strided:
-        raise ShapeError(f"{name}: is {tensor.layout} on {tensor.device}, expected a dense CPU tensor. Move it first.")
+def _checked(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int | None, ...]) -> Tensor:
+    """Returns a tensor made contiguous; raises unless it is a dense CPU tensor of `dtype` and `shape`, None is any."""
+    is_shape = tensor.shape == shape if None not in shape else _fits(tensor, shape)
+    if not (is_shape and tensor.dtype == dtype and tensor.is_cpu and tensor.layout == torch.strided):
+        raise _misfit(name, tensor, dtype, shape)
+    return tensor.contiguous()
+
+
+def _fits(tensor: Tensor, shape: tuple[int | None, ...]) -> bool:
+    return tensor.ndim == len(shape) and all(s is None or s == t for s, t in zip(shape, tensor.shape, strict=True))
+
+
+def _misfit(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int | None, ...]) -> ShapeError:
+    if not tensor.is_cpu or tensor.layout != torch.strided:
+        return ShapeError(f"{name}: is {tensor.layout} on {tensor.device}, expected a dense CPU tensor. Move it first.")
     if tensor.dtype != dtype:
-        raise ShapeError(f"{name}: is {tensor.dtype}, expected {dtype}. Convert it first.")
-    is_right = tensor.ndim == len(shape) and all(s is None or s == t for s, t in zip(shape, tensor.shape, strict=True))
-    if not is_right:
-        wanted = ", ".join("any" if size is None else str(size) for size in shape)
-        raise ShapeError(f"{name}: has shape {tuple(tensor.shape)}, expected ({wanted}). Pass a tensor that fits.")
+        return ShapeError(f"{name}: is {tensor.dtype}, expected {dtype}. Convert it first.")
+    wanted = ", ".join("any" if size is None else str(size) for size in shape)
+    return ShapeError(f"{name}: has shape {tuple(tensor.shape)}, expected ({wanted}). Pass a tensor that fits.")
 
 
 def _check_activation_max(activation_max: int) -> None:

@@ -8,7 +8,8 @@
 
 namespace quaff {
 
-constexpr int kFewTokens = 4;
+// Up to these numbers of tokens this is faster than packing, measured. Forward takes up to kFewRows of them at a time.
+constexpr int kFewForward = 16, kFewBackward = 4, kFewRows = 8;
 constexpr int kFewStrips = 8;  // strips of columns that the backward direction adds up at a time, in first-level cache
 
 // Copies `rows` rows of `a` to [chunks][kSplit][rows] vectors for multiply_rows. Returns what pack_rows returns.
@@ -52,7 +53,7 @@ static inline __attribute__((always_inline)) void add_chunk(const vint* a, const
 // repeat the last one.
 template <class Dot, int rows>
 static void multiply_rows(const vint* a, const int8_t* w, int64_t reduction, int columns, vint (&acc)[rows][kVectors],
-                          int32_t (&sums)[kPanel]) {
+                          vint (&sums)[kVectors]) {
   constexpr int kCount = rows == 1 ? 4 : 2;  // rows of weights taken together, as registers allow
   for (int v = 0; v < kVectors; v++) {
     vint partial[rows + 1][kLanes];
@@ -90,11 +91,7 @@ static void multiply_rows(const vint* a, const int8_t* w, int64_t reduction, int
       transpose(partial[r]);
       vint total = {};
       for (int i = 0; i < kLanes; i++) total += partial[r][i];
-      if (r < rows) {
-        acc[r][v] = total;
-      } else {
-        store(sums + v * kLanes, total);
-      }
+      (r < rows ? acc[r] : sums)[v] = total;
     }
   }
 }
@@ -103,10 +100,10 @@ static void multiply_rows(const vint* a, const int8_t* w, int64_t reduction, int
 // last row takes the column sums. Rows of w are `stride` apart.
 template <class Dot, int rows>
 static void add_columns(const int32_t* a, const int8_t* w, int64_t reduction, int64_t stride, int columns, vint* acc) {
-  constexpr int kVectorsPerRow = kFewStrips * kInterleaved;
+  constexpr int kVectorsPerRow = kFewStrips * kStrip / kLanes;
   for (int i = 0; i < (rows + 1) * kVectorsPerRow; i++) acc[i] = vint{};
   for (int64_t k = 0; k < reduction; k += 4, a += rows * Dot::kSplit) {
-    for (int first = 0; first < columns; first += kStrip) {
+    for (int first = 0; first < columns; first += kInterleavedColumns) {
       vint packed[kInterleaved];
       interleave_rows(w + k * stride + first, reduction - k, stride, columns - first, packed);
       QUAFF_UNROLL
@@ -127,14 +124,39 @@ static void add_columns(const int32_t* a, const int8_t* w, int64_t reduction, in
   }
 }
 
-// Adds the start values of a panel and stores its rows.
-template <int rows>
-static void store_few(const Product& product, const Panel& panel, vint (&acc)[rows][kVectors]) {
-  for (int r = 0; r < rows; r++) {
-    for (int v = 0; v < kVectors; v++) acc[r][v] += load<vint>(panel.start + v * kLanes);
+// Takes the offset's share, `offset` times the column sums, off the sums of rows [row, row + rows) and stores them.
+template <class Dot, int rows>
+static void store_few(const Product& product, const Panel& panel, int64_t row, int offset, const vint* sums,
+                      vint (&acc)[rows][kVectors]) {
+  if constexpr (Dot::kOffset) {
+    for (int r = 0; r < rows; r++) {
+      for (int v = 0; v < kVectors; v++) {
+        acc[r][v] = (vint)((vuint)acc[r][v] - (vuint)sums[v] * static_cast<uint32_t>(offset));
+      }
+    }
   }
-  Target<rows> target(product, panel, 0);
-  store_tile<rows>(product, panel, 0, acc, target);
+  Target<rows> target(product, panel, row);
+  store_tile<rows>(product, panel, row, acc, target);
+}
+
+// Forward, from rows copied by copy_rows: rows [row, row + rows) of the panel's columns, whose weights start at w.
+template <class Dot, int rows>
+static void run_few(const Product& product, const Panel& panel, const vint* a, const int8_t* w, int64_t row,
+                    int offset) {
+  vint acc[rows][kVectors], sums[kVectors];
+  multiply_rows<Dot, rows>(a, w, product.reduction, panel.columns, acc, sums);
+  store_few<Dot, rows>(product, panel, row, offset, sums, acc);
+}
+
+typedef void (*FewTile)(const Product&, const Panel&, const vint*, const int8_t*, int64_t, int);
+
+// few_tile_of<Dot>(rows): run_few for 1 <= rows <= kFewRows.
+template <class Dot, int rows = kFewRows>
+static FewTile few_tile_of(int wanted) {
+  if constexpr (rows > 1) {
+    if (wanted < rows) return few_tile_of<Dot, rows - 1>(wanted);
+  }
+  return run_few<Dot, rows>;
 }
 
 }  // namespace quaff

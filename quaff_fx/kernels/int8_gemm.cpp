@@ -94,17 +94,14 @@ static int64_t panel_dwords(const Product& product) {
   return (product.reduction + 3) / 4 * Dot::kSplit * kPanel;
 }
 
-// Fills in all of a panel but its packed weights; `outlier` has room for outliers x kPanel values.
-template <class Dot>
-static void describe_panel(const Product& product, const Weights& weights, int64_t first, int offset,
-                           const int32_t* sums, float* outlier, Panel& panel) {
+// Fills in what the epilogue needs of a panel; `outlier` has room for outliers x kPanel values.
+static void describe_panel(const Product& product, const Weights& weights, int64_t first, float* outlier,
+                           Panel& panel) {
   panel.first = first;
   panel.columns = static_cast<int>(product.columns - first < kPanel ? product.columns - first : kPanel);
   panel.outlier = outlier;
   for (int i = 0; i < kPanel; i++) {
     const int64_t column = first + (i < panel.columns ? i : panel.columns - 1);
-    const uint32_t shift = static_cast<uint32_t>(offset) * static_cast<uint32_t>(sums[i]);
-    panel.start[i] = Dot::kOffset ? static_cast<int32_t>(0u - shift) : 0;
     panel.scale[i] = weights.w_scale ? weights.w_scale[column] : 1.0f;
     panel.bias[i] = weights.bias ? weights.bias[column] : 0.0f;
     for (int64_t o = 0; o < product.outliers; o++) {
@@ -130,8 +127,11 @@ static void pack_strip(const Product& product, const Weights& weights, int64_t f
       pack_panel_rows<Dot>(weights.w + start * product.reduction, product.reduction, here, memory + p * size,
                            sums + p * kPanel);
     }
-    describe_panel<Dot>(product, weights, start, offset, sums + p * kPanel, outlier + p * product.outliers * kPanel,
-                        panels[p]);
+    describe_panel(product, weights, start, outlier + p * product.outliers * kPanel, panels[p]);
+    for (int i = 0; i < kPanel; i++) {
+      const uint32_t shift = static_cast<uint32_t>(offset) * static_cast<uint32_t>(sums[p * kPanel + i]);
+      panels[p].start[i] = Dot::kOffset ? static_cast<int32_t>(0u - shift) : 0;
+    }
     panels[p].weights = memory + p * size;
     panels[p].groups = size / kPanel;
   }
@@ -159,8 +159,8 @@ static int multiply_many(const int8_t* a, const Product& product, const Weights&
 #pragma omp for schedule(static)
     for (int64_t block = 0; block < blocks; block++) {
       const int64_t row = first_row(block);
-      seen |= pack_rows<Dot>(a + row * product.reduction, product.reduction, static_cast<int>(first_row(block + 1) - row),
-                             offset, packed + row * groups);
+      const int rows = static_cast<int>(first_row(block + 1) - row);
+      seen |= pack_rows<Dot>(a + row * product.reduction, product.reduction, rows, offset, packed + row * groups);
     }
     const size_t bytes = kStripPanels * (panel_dwords<Dot>(product) + product.outliers * kPanel) * 4;
     int32_t* const memory = static_cast<int32_t*>(weight_scratch.grow(bytes));
@@ -185,15 +185,19 @@ static int multiply_many(const int8_t* a, const Product& product, const Weights&
 }
 
 // Few tokens in the forward direction: jobs are panels.
-template <class Dot, int rows>
+template <class Dot>
 static int multiply_few_forward(const int8_t* a, const Product& product, const Weights& weights, int activation_max,
                                 int threads) {
   const int offset = activation_max > 63 ? 128 : 64;
-  const int64_t chunks = (product.reduction + kChunk - 1) / kChunk;
-  vint* const copy = static_cast<vint*>(activation_scratch.grow(chunks * Dot::kSplit * rows * sizeof(vint)));
-  if (copy == nullptr && chunks > 0) return kNoMemory;
-  const uint32_t seen = copy_rows<Dot>(a, product.reduction, rows, offset, copy);
+  const int64_t row_vectors = (product.reduction + kChunk - 1) / kChunk * Dot::kSplit;
+  const int tokens = static_cast<int>(product.tokens), half = tokens > kFewRows ? (tokens + 1) / 2 : tokens;
+  vint* const copy = static_cast<vint*>(activation_scratch.grow((row_vectors * tokens + 1) * sizeof(vint)));
+  if (copy == nullptr) return kNoMemory;
+  uint32_t seen = copy_rows<Dot>(a, product.reduction, half, offset, copy);
+  seen |= copy_rows<Dot>(a + half * product.reduction, product.reduction, tokens - half, offset,
+                         copy + half * row_vectors);
   if (activation_max <= 63 && (seen & kTooLarge)) return kActivationTooLarge;
+  threads = usable_threads(threads, (tokens + kPackRows) * product.columns * product.reduction / 64);
   int status = kOk;
 #pragma omp parallel num_threads(threads) reduction(max : status)
   {
@@ -202,22 +206,28 @@ static int multiply_few_forward(const int8_t* a, const Product& product, const W
 #pragma omp for schedule(dynamic, 1)
     for (int64_t first = 0; first < product.columns; first += kPanel) {
       if (outlier == nullptr) continue;
-      const int columns = static_cast<int>(product.columns - first < kPanel ? product.columns - first : kPanel);
-      vint acc[rows][kVectors];
-      int32_t sums[kPanel];
-      multiply_rows<Dot, rows>(copy, weights.w + first * product.reduction, product.reduction, columns, acc, sums);
       Panel panel;
-      describe_panel<Dot>(product, weights, first, offset, sums, outlier, panel);
-      store_few<rows>(product, panel, acc);
+      describe_panel(product, weights, first, outlier, panel);
+      const int8_t* const w = weights.w + first * product.reduction;
+      few_tile_of<Dot>(half)(product, panel, copy, w, 0, offset);
+      if (half < tokens) {
+        few_tile_of<Dot>(tokens - half)(product, panel, copy + half * row_vectors, w, half, offset);
+      }
     }
   }
   return status;
 }
 
 // Few tokens in the backward direction: jobs are ranges of up to kFewStrips strips of columns.
-template <class Dot, int rows>
+template <class Dot, int rows = kFewBackward>
 static int multiply_few_backward(const int8_t* a, const Product& product, const Weights& weights, int activation_max,
                                  int threads) {
+  if constexpr (rows > 1) {
+    if (product.tokens < rows) {
+      return multiply_few_backward<Dot, rows - 1>(a, product, weights, activation_max, threads);
+    }
+  }
+  threads = usable_threads(threads, (rows + kPackRows) * product.columns * product.reduction / 64);
   const int offset = activation_max > 63 ? 128 : 64;
   const int64_t groups = (product.reduction + 3) / 4 * Dot::kSplit;
   int32_t* const packed = static_cast<int32_t*>(activation_scratch.grow((rows * groups + kLanes) * 4));
@@ -229,7 +239,7 @@ static int multiply_few_backward(const int8_t* a, const Product& product, const 
   int status = kOk;
 #pragma omp parallel num_threads(threads) reduction(max : status)
   {
-    constexpr int kVectorsPerRow = kFewStrips * kInterleaved;
+    constexpr int kVectorsPerRow = kFewStrips * kStrip / kLanes;
     const size_t bytes = (rows + 1) * kVectorsPerRow * sizeof(vint);
     char* const memory = static_cast<char*>(weight_scratch.grow(bytes + product.outliers * kPanel * sizeof(float)));
     if (memory == nullptr) status = kNoMemory;
@@ -240,34 +250,23 @@ static int multiply_few_backward(const int8_t* a, const Product& product, const 
       const int columns = static_cast<int>(product.columns - first < width ? product.columns - first : width);
       add_columns<Dot, rows>(packed, weights.w + first, product.reduction, product.columns, columns, total);
       for (int at = 0; at < columns; at += kPanel) {
-        int32_t sums[kPanel];
-        std::memcpy(sums, total + rows * kVectorsPerRow + at / kLanes, sizeof(sums));
         vint acc[rows][kVectors];
         for (int r = 0; r < rows; r++) std::memcpy(acc[r], total + r * kVectorsPerRow + at / kLanes, sizeof(acc[r]));
         Panel panel;
-        describe_panel<Dot>(product, weights, first + at, offset, sums, reinterpret_cast<float*>(memory + bytes), panel);
-        store_few<rows>(product, panel, acc);
+        describe_panel(product, weights, first + at, reinterpret_cast<float*>(memory + bytes), panel);
+        store_few<Dot, rows>(product, panel, 0, offset, total + rows * kVectorsPerRow + at / kLanes, acc);
       }
     }
   }
   return status;
 }
 
-template <class Dot, int rows = kFewTokens>
-static int multiply_few(const int8_t* a, const Product& product, const Weights& weights, int activation_max,
-                        int threads) {
-  if constexpr (rows > 1) {
-    if (product.tokens < rows) return multiply_few<Dot, rows - 1>(a, product, weights, activation_max, threads);
-  }
-  threads = usable_threads(threads, kPackRows * product.columns * product.reduction / 64);
-  if (weights.transposed) return multiply_few_backward<Dot, rows>(a, product, weights, activation_max, threads);
-  return multiply_few_forward<Dot, rows>(a, product, weights, activation_max, threads);
-}
-
 template <class Dot>
 static int multiply_all(const int8_t* a, const Product& product, const Weights& weights, int activation_max,
                         int threads) {
-  const auto multiply = product.tokens <= kFewTokens ? multiply_few<Dot, kFewTokens> : multiply_many<Dot>;
+  auto multiply = multiply_many<Dot>;
+  if (weights.transposed && product.tokens <= kFewBackward) multiply = multiply_few_backward<Dot, kFewBackward>;
+  if (!weights.transposed && product.tokens <= kFewForward) multiply = multiply_few_forward<Dot>;
   return multiply(a, product, weights, activation_max, threads);
 }
 
@@ -305,11 +304,12 @@ int quaff_int8_linear(const int8_t* a, const int8_t* w, int64_t tokens, int64_t 
   if (tokens == 0 || columns == 0) return quaff::kOk;
   const quaff::Product product = {tokens, reduction, columns, a_scale, a_outlier, outliers, out, out_kind};
   const quaff::Weights weights = {w, w_scale, w_outlier, bias, transpose_w != 0};
-  const auto multiply = activation_max <= 63 ? quaff::multiply_all<quaff::DotSmall> : quaff::multiply_all<quaff::DotFull>;
+  auto multiply = quaff::multiply_all<quaff::DotFull>;
+  if (activation_max <= 63) multiply = quaff::multiply_all<quaff::DotSmall>;
   return multiply(a, product, weights, activation_max, threads);
 }
 
-// x: `tokens` rows of x_kind, row_stride values apart; column_scale (width,) or null; channels and smoothing (outliers,).
+// x: `tokens` rows of x_kind, row_stride values apart; column_scale (width,) or null; channels, smoothing (outliers,).
 // x_int8 (tokens, width), x_scale (tokens,), x_outlier (tokens, outliers).
 int quaff_quantize_rows(const void* x, int x_kind, int64_t tokens, int64_t width, int64_t row_stride,
                         const float* column_scale, const int64_t* channels, const float* smoothing, int64_t outliers,

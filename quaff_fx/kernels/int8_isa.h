@@ -90,7 +90,7 @@ static inline void store(Pointer* to, Vector value) {
 #define QUAFF_PIN(value)
 #endif
 
-// ---- Dot products. ------------------------------------------------------------------------------------------------
+// Dot products.
 // A Dot says how a dword of activations meets a dword of weights:
 //   kSplit   how many dwords hold four int8 values (1: as they are, 2: widened to int16)
 //   kOffset  whether activations are stored unsigned, with an offset; the start value of the accumulators takes its
@@ -175,7 +175,8 @@ using DotSmall = DotPlain;
 
 #endif
 
-// Writes a vector of dwords of four int8 values in the form that Dot reads. Which two of the four values share an int16 dword is free as long as both operands agree.
+// Brings a vector of dwords of four int8 values into the form that Dot reads. Which two of the four values share an
+// int16 dword is free as long as both operands agree.
 template <class Dot>
 static inline void split(vint packed, vint (&halves)[2]) {
   if constexpr (Dot::kSplit == 1) {
@@ -188,7 +189,7 @@ static inline void split(vint packed, vint (&halves)[2]) {
   }
 }
 
-// ---- Conversions. -------------------------------------------------------------------------------------------------
+// Conversions.
 
 enum Kind : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kInt32 = 3 };
 

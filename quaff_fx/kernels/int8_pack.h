@@ -9,12 +9,13 @@
 
 namespace quaff {
 
-constexpr int kChunk = kLanes * 4;       // reduction values packed at a time: one vector of int8
-constexpr int kPrefetchBytes = 256;      // how far ahead a row of weights is fetched
-constexpr int kPrefetchRows = 16;        // how far ahead rows are fetched where a strip of columns is packed; the
-                                         // hardware does not see such a pattern across pages
+constexpr int kChunk = kLanes * 4;  // reduction values packed at a time: one vector of int8
 
-// ---- Transposes of kLanes x kLanes dwords. ------------------------------------------------------------------------
+// How far ahead a row of weights is fetched; and how many rows ahead where a strip of columns is packed, a pattern
+// that the hardware does not see across pages. More rows than this push each other out of the first-level cache.
+constexpr int kPrefetchBytes = 256, kPrefetchRows = 16;
+
+// Transposes of kLanes x kLanes dwords.
 
 #if defined(QUAFF_AVX512)
 static inline void transpose(vint (&rows)[16]) {
@@ -69,7 +70,7 @@ static inline void transpose(vint (&rows)[kLanes]) {
 }
 #endif
 
-// ---- Interleaving four rows of bytes: result[i] holds columns i * kLanes ... of them, one dword per column. --------
+// Interleaving four rows of bytes: result[i] holds columns i * kLanes ... of them, one dword per column.
 
 #if defined(QUAFF_AVX512)
 constexpr int kInterleaved = 4;
@@ -123,23 +124,24 @@ static inline void interleave(const int8_t* const (&from)[4], vint (&result)[4])
 }
 #endif
 
-constexpr int kStrip = kInterleaved * kLanes;  // columns packed together in the backward direction
+constexpr int kInterleavedColumns = kInterleaved * kLanes;
+constexpr int kStrip = 64;  // columns packed together in the backward direction: a cache line of each row
 constexpr int kStripPanels = kStrip / kPanel;
-static_assert(kStripPanels * kPanel == kStrip, "a strip is whole panels");
+static_assert(kStrip % kPanel == 0 && kStrip % kInterleavedColumns == 0, "a strip is whole panels");
 
-// Interleaves the first kStrip columns of four rows that are `stride` apart; what lies beyond `rows` or `columns` is 0.
+// Interleaves the first kInterleavedColumns columns of four rows that are `stride` apart; what lies beyond `rows` or
+// `columns` is 0.
 static inline void interleave_rows(const int8_t* from, int64_t rows, int64_t stride, int columns,
                                    vint (&result)[kInterleaved]) {
-  if (rows >= 4 && columns >= kStrip) {
+  if (rows >= 4 && columns >= kInterleavedColumns) {
     interleave({from, from + stride, from + 2 * stride, from + 3 * stride}, result);
     return;
   }
-  int8_t edge[4][kStrip] = {};
-  for (int i = 0; i < 4 && i < rows; i++) std::memcpy(edge[i], from + i * stride, columns < kStrip ? columns : kStrip);
+  int8_t edge[4][kInterleavedColumns] = {};
+  const int width = columns < kInterleavedColumns ? columns : kInterleavedColumns;
+  for (int i = 0; i < 4 && i < rows; i++) std::memcpy(edge[i], from + i * stride, width);
   interleave({edge[0], edge[1], edge[2], edge[3]}, result);
 }
-
-// ---- Weights. -----------------------------------------------------------------------------------------------------
 
 // Writes one vector of weight dwords (columns `at` of a panel, dword `group`) and adds it to the column sums.
 template <class Dot>
@@ -185,20 +187,22 @@ static void pack_panel_rows(const int8_t* w, int64_t reduction, int columns, int
 template <class Dot>
 static void pack_strip_columns(const int8_t* w, int64_t reduction, int64_t stride, int columns, int32_t* panels,
                                int64_t panel_size, int32_t* sums) {
-  vint sum[kInterleaved] = {};
+  vint sum[kStrip / kLanes] = {};
   const int used = (columns + kPanel - 1) / kPanel * kVectors;  // vectors that belong to a panel in use
   for (int64_t k = 0; k < reduction; k += 4) {
     for (int i = 0; i < 4; i++) __builtin_prefetch(w + (k + kPrefetchRows + i) * stride);
-    vint packed[kInterleaved];
-    interleave_rows(w + k * stride, reduction - k, stride, columns, packed);
-    for (int i = 0; i < used; i++) {
-      put_weights<Dot>(panels + i / kVectors * panel_size, k / 4, i % kVectors * kLanes, packed[i], sum[i]);
+    for (int first = 0; first < columns; first += kInterleavedColumns) {
+      vint packed[kInterleaved];
+      interleave_rows(w + k * stride + first, reduction - k, stride, columns - first, packed);
+      for (int i = 0; i < kInterleaved; i++) {
+        const int at = first / kLanes + i;
+        if (at >= used) break;
+        put_weights<Dot>(panels + at / kVectors * panel_size, k / 4, at % kVectors * kLanes, packed[i], sum[at]);
+      }
     }
   }
   for (int i = 0; i < used; i++) store(sums + i * kLanes, sum[i]);
 }
-
-// ---- Activations. -------------------------------------------------------------------------------------------------
 
 static inline void put_rows(int32_t* to, vint value, int rows, bool may_spill) {
 #if defined(QUAFF_AVX512)

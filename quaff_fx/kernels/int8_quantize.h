@@ -71,7 +71,8 @@ static inline float load_one(const void* from, int kind, int64_t index) {
 }
 
 // Quantizes one row. `row` is scratch of width rounded up to 4 * kLanes floats.
-static void quantize_row(const Rows& rows, int64_t token, float* row, int8_t* x_int8, float* x_scale, float* x_outlier) {
+static void quantize_row(const Rows& rows, int64_t token, float* row, int8_t* x_int8, float* x_scale,
+                         float* x_outlier) {
   const int64_t width = rows.width, whole = width / kLanes * kLanes;
   const int64_t padded = (width + 4 * kLanes - 1) / (4 * kLanes) * (4 * kLanes);
   const int size = rows.kind == kFloat32 ? 4 : 2;
@@ -101,7 +102,10 @@ static void quantize_row(const Rows& rows, int64_t token, float* row, int8_t* x_
   }
   int32_t top = 0;
   for (int v = 0; v < 4; v++) {
-    for (int lane = 0; lane < kLanes; lane++) top = top > largest[v][lane] ? top : static_cast<int32_t>(largest[v][lane]);
+    for (int lane = 0; lane < kLanes; lane++) {
+      const int32_t bits = largest[v][lane];
+      top = top > bits ? top : bits;
+    }
   }
   float absmax;
   std::memcpy(&absmax, &top, 4);

@@ -84,7 +84,9 @@ struct Target {
   int64_t stride() const { return is_whole ? output_stride : kPanel; }
   void finish(int columns) const {
     if (is_whole) return;
-    for (int r = 0; r < rows; r++) std::memcpy(output + r * output_stride * size, edge + r * kPanel * size, columns * size);
+    for (int r = 0; r < rows; r++) {
+      std::memcpy(output + r * output_stride * size, edge + r * kPanel * size, columns * size);
+    }
   }
 };
 

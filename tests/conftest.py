@@ -1,0 +1,30 @@
+"""What many tests share: tiny models, and one model that is compiled and quantized once per session."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+
+import quaff_fx
+from tests.models import Run, tiny_llama, token_ids
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def quantized_llama():
+    """A tiny Llama with LoRA after two calibration and two quantized steps, with what it did on the way."""
+    torch.manual_seed(0)
+    model = tiny_llama(blocks=3)
+    quaff_fx.compile(model, quaff_fx.QuaffConfig(calibration_steps=2, outlier_budget=0.04, progress=False))
+    run = Run(model)
+    for _ in range(4):
+        run.step(token_ids())
+    return run

@@ -1,0 +1,542 @@
+"""The compiled product against integers and float64, in every variant that this CPU can run."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from quaff_fx.errors import ShapeError
+from quaff_fx.kernels import cpu
+from quaff_fx.numerics import INT32_MAX_REDUCTION
+
+FLOAT_EPS = 2.0**-24
+"""Unit roundoff of float32; of the result types below, half an ulp."""
+RESULT_EPS = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
+FLOATING = list(RESULT_EPS)
+
+
+@pytest.fixture(params=list(cpu.VARIANTS))
+def variant(request: pytest.FixtureRequest) -> str:
+    reason = cpu.reason_unavailable(request.param)
+    if reason is not None:
+        pytest.skip(f"{request.param}: {reason}")
+    name: str = request.param
+    return name
+
+
+@pytest.fixture(params=[False, True], ids=["forward", "backward"])
+def transpose_w(request: pytest.FixtureRequest) -> bool:
+    is_backward: bool = request.param
+    return is_backward
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> Iterator[None]:
+    torch.manual_seed(0)
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+def operands(tokens: int, n: int, k: int, transpose_w: bool, limit: int, is_extreme: bool) -> tuple[Tensor, Tensor]:
+    """Random int8 operands; extreme ones hold only plus and minus the largest value, in long runs of one sign."""
+    reduction = n if transpose_w else k
+    if is_extreme:
+        a = torch.where(torch.rand(tokens, 1) < 0.5, -limit, limit).expand(tokens, reduction).to(torch.int8)
+        w = torch.where(torch.rand(n, k) < 0.1, -127, 127).to(torch.int8)
+    else:
+        a = torch.randint(-limit, limit + 1, (tokens, reduction), dtype=torch.int8)
+        w = torch.randint(-127, 128, (n, k), dtype=torch.int8)
+    return a.contiguous(), w
+
+
+def exact_product(a: Tensor, w: Tensor, transpose_w: bool) -> Tensor:
+    """In float64, which holds all these integers; int64 has no fast product."""
+    return (a.double() @ (w if transpose_w else w.t()).double()).to(torch.int64)
+
+
+def assert_exact(variant: str, a: Tensor, w: Tensor, transpose_w: bool, activation_max: int) -> None:
+    acc = cpu.int8_linear(a, w, transpose_w=transpose_w, activation_max=activation_max, variant=variant)
+    assert acc.dtype == torch.int32
+    torch.testing.assert_close(acc.to(torch.int64), exact_product(a, w, transpose_w), rtol=0, atol=0)
+
+
+# --- integers ------------------------------------------------------------------------------------------------------
+
+
+def test_native_variant_is_available_here() -> None:
+    assert cpu.reason_unavailable("native") is None
+    assert cpu.instruction_set("native") in {"avx512_vnni", "avx_vnni", "avx2", "neon_dotprod", "generic"}
+
+
+def test_forced_variant_has_its_name(variant: str) -> None:
+    assert variant in {"native", cpu.instruction_set(variant)}
+
+
+@pytest.mark.parametrize("activation_max", [63, 127])
+@pytest.mark.parametrize("is_extreme", [False, True])
+def test_accumulators_are_exact_for_every_number_of_tokens(
+    variant: str, transpose_w: bool, activation_max: int, is_extreme: bool
+) -> None:
+    for tokens in (*range(41), 97, 130):
+        a, w = operands(tokens, 75, 101, transpose_w, activation_max, is_extreme)
+        assert_exact(variant, a, w, transpose_w, activation_max)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    tokens=st.integers(0, 40),
+    n=st.integers(1, 300),
+    k=st.integers(1, 300),
+    activation_max=st.sampled_from([63, 127]),
+    is_extreme=st.booleans(),
+    threads=st.integers(1, 5),
+)
+def test_accumulators_are_exact_for_every_size(
+    variant: str,
+    transpose_w: bool,
+    tokens: int,
+    n: int,
+    k: int,
+    activation_max: int,
+    is_extreme: bool,
+    threads: int,
+) -> None:
+    torch.set_num_threads(threads)
+    a, w = operands(tokens, n, k, transpose_w, activation_max, is_extreme)
+    assert_exact(variant, a, w, transpose_w, activation_max)
+
+
+@pytest.mark.parametrize(("n", "k"), [(1, 1), (1, 8192), (8192, 1), (61, 8191), (8191, 61), (576, 1536), (513, 2049)])
+@pytest.mark.parametrize("activation_max", [63, 127])
+def test_accumulators_are_exact_for_long_and_thin_weights(
+    variant: str, transpose_w: bool, n: int, k: int, activation_max: int
+) -> None:
+    for tokens, is_extreme in [(1, True), (33, True), (150, False)]:
+        a, w = operands(tokens, n, k, transpose_w, activation_max, is_extreme)
+        assert_exact(variant, a, w, transpose_w, activation_max)
+
+
+def test_longest_reduction_is_exact_and_a_longer_one_raises(variant: str, transpose_w: bool) -> None:
+    for reduction in (INT32_MAX_REDUCTION, INT32_MAX_REDUCTION + 1):
+        a = torch.full((2, reduction), 127, dtype=torch.int8)
+        w = torch.full((reduction, 3) if transpose_w else (3, reduction), 127, dtype=torch.int8)
+        if reduction == INT32_MAX_REDUCTION:
+            assert_exact(variant, a, w, transpose_w, 127)
+            assert_exact(variant, -a, w, transpose_w, 127)
+        else:
+            with pytest.raises(ShapeError, match=rf"a_int8: has {reduction} columns, expected at most"):
+                cpu.int8_linear(a, w, transpose_w=transpose_w, activation_max=127, variant=variant)
+
+
+def test_empty_reduction_gives_zeros(variant: str, transpose_w: bool) -> None:
+    a, w = torch.zeros(3, 0, dtype=torch.int8), torch.zeros((0, 5) if transpose_w else (5, 0), dtype=torch.int8)
+    bias = torch.randn(5)
+    options = {"transpose_w": transpose_w, "activation_max": 127, "variant": variant}
+    assert torch.equal(cpu.int8_linear(a, w, **options), torch.zeros(3, 5, dtype=torch.int32))
+    assert torch.equal(cpu.int8_linear(a, w, bias=bias, out_dtype=torch.float32, **options), bias.expand(3, 5))
+
+
+@pytest.mark.parametrize("shape", [(0, 7, 5), (4, 0, 5), (4, 7, 0)])
+def test_empty_results_have_their_shape(variant: str, transpose_w: bool, shape: tuple[int, int, int]) -> None:
+    tokens, n, k = shape
+    a, w = operands(tokens, n, k, transpose_w, 127, False)
+    acc = cpu.int8_linear(a, w, transpose_w=transpose_w, activation_max=127, variant=variant)
+    assert acc.shape == (tokens, k if transpose_w else n)
+
+
+def test_strided_operands_are_read_in_their_order(variant: str, transpose_w: bool) -> None:
+    a, w = operands(21, 70, 90, transpose_w, 127, False)
+    wanted = exact_product(a, w, transpose_w).to(torch.int32)
+    options = {"transpose_w": transpose_w, "activation_max": 127, "variant": variant}
+    a_wide = torch.stack([a, torch.full_like(a, 99)], dim=2)[:, :, 0]
+    for a_view in (a, a.t().contiguous().t(), a_wide):
+        for w_view in (w, w.t().contiguous().t(), torch.cat([w, w], dim=1)[:, : w.shape[1]]):
+            assert torch.equal(cpu.int8_linear(a_view, w_view, **options), wanted)
+
+
+def test_other_threads_and_thread_counts_change_nothing(variant: str, transpose_w: bool) -> None:
+    a, w = operands(300, 200, 210, transpose_w, 127, False)
+    wanted = exact_product(a, w, transpose_w).to(torch.int32)
+    results: list[Tensor] = []
+
+    def multiply() -> None:
+        options = {"transpose_w": transpose_w, "activation_max": 127, "variant": variant}
+        results.extend(cpu.int8_linear(a, w, **options) for _ in range(5))
+
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        threads = [threading.Thread(target=multiply) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert len(results) == 45
+    assert all(torch.equal(result, wanted) for result in results)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_child_of_a_fork_does_not_hang(variant: str) -> None:
+    a, w = operands(300, 200, 210, False, 127, False)
+    torch.set_num_threads(2)
+    wanted = cpu.int8_linear(a, w, transpose_w=False, activation_max=127, variant=variant)
+    child = os.fork()
+    if child == 0:  # no pytest, no torch operators here: they might wait for threads that were not forked
+        status = 1
+        try:
+            result = cpu.int8_linear(a, w, transpose_w=False, activation_max=127, variant=variant)
+            status = 0 if result.numpy().tobytes() == wanted.numpy().tobytes() else 2
+        finally:
+            os._exit(status)
+    waiter = threading.Thread(target=lambda: statuses.append(os.waitpid(child, 0)[1]), daemon=True)
+    statuses: list[int] = []
+    waiter.start()
+    waiter.join(timeout=30)
+    if not statuses:
+        os.kill(child, 9)
+    assert statuses == [0]
+
+
+# --- scaled results ------------------------------------------------------------------------------------------------
+
+
+def epilogue(tokens: int, columns: int, outliers: int) -> dict[str, Tensor]:
+    return {
+        "a_scale": torch.rand(tokens) * 1e-3,
+        "w_scale": torch.rand(columns) + 0.5,
+        "a_outlier": torch.randn(tokens, outliers),
+        "w_outlier": torch.randn(outliers, columns),
+        "bias": torch.randn(columns),
+    }
+
+
+@pytest.mark.parametrize("out_dtype", FLOATING)
+@pytest.mark.parametrize(("tokens", "n", "k", "outliers"), [(1, 5, 7, 1), (29, 64, 96, 0), (45, 131, 150, 80)])
+def test_scaled_results_are_within_rounding_of_float64(
+    variant: str, transpose_w: bool, out_dtype: torch.dtype, tokens: int, n: int, k: int, outliers: int
+) -> None:
+    a, w = operands(tokens, n, k, transpose_w, 127, False)
+    columns = k if transpose_w else n
+    extra = epilogue(tokens, columns, outliers)
+    y = cpu.int8_linear(
+        a, w, transpose_w=transpose_w, activation_max=127, out_dtype=out_dtype, variant=variant, **extra
+    )
+    assert y.dtype == out_dtype
+    wide = {name: tensor.double() for name, tensor in extra.items()}
+    main = exact_product(a, w, transpose_w).double() * wide["a_scale"][:, None] * wide["w_scale"]
+    wanted = main + wide["a_outlier"] @ wide["w_outlier"] + wide["bias"]
+    # Each of the O + 5 operations in float32 rounds a partial sum, none larger than the sum of magnitudes.
+    size = main.abs() + wide["a_outlier"].abs() @ wide["w_outlier"].abs() + wide["bias"].abs()
+    bound = (outliers + 5) * FLOAT_EPS * 1.01 * size
+    bound = bound + RESULT_EPS[out_dtype] * (wanted.abs() + bound) + 2.0**-25  # the last term: subnormal float16
+    assert ((y.double() - wanted).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("missing", ["a_scale", "w_scale", "outlier", "bias"])
+def test_missing_operands_are_neutral(variant: str, transpose_w: bool, missing: str) -> None:
+    a, w = operands(17, 40, 50, transpose_w, 127, False)
+    extra = epilogue(17, 50 if transpose_w else 40, 3)
+    neutral = {
+        name: torch.ones_like(tensor) if "scale" in name else torch.zeros_like(tensor)
+        for name, tensor in extra.items()
+        if missing in name
+    }
+    given_ones = {name: tensor for name, tensor in extra.items() if missing not in name}
+    assert neutral
+    options = {"transpose_w": transpose_w, "activation_max": 127, "out_dtype": torch.float32, "variant": variant}
+    without = cpu.int8_linear(a, w, **given_ones, **options)
+    assert torch.equal(without, cpu.int8_linear(a, w, **{**extra, **neutral}, **options))
+    assert not torch.equal(without, cpu.int8_linear(a, w, **extra, **options))
+
+
+@pytest.mark.parametrize("out_dtype", [torch.bfloat16, torch.float16])
+def test_half_results_are_the_rounded_float32_results(variant: str, out_dtype: torch.dtype) -> None:
+    # Scales reach from subnormal results over infinity to NaN.
+    a, w = operands(80, 37, 64, False, 127, False)
+    a_scale = torch.cat([torch.logspace(-44, 34, 78), torch.tensor([float("inf"), float("nan")])])
+    options = {"transpose_w": False, "activation_max": 127, "a_scale": a_scale, "variant": variant}
+    wanted = cpu.int8_linear(a, w, out_dtype=torch.float32, **options).to(out_dtype)
+    result = cpu.int8_linear(a, w, out_dtype=out_dtype, **options)
+    torch.testing.assert_close(result, wanted, rtol=0, atol=0, equal_nan=True)
+    assert wanted.isinf().any()
+    assert ((wanted != 0) & (wanted.abs() < torch.finfo(out_dtype).smallest_normal)).any()
+
+
+def test_bad_and_zero_rows_touch_no_other(variant: str, transpose_w: bool) -> None:
+    a, w = operands(40, 48, 56, transpose_w, 127, False)
+    extra = epilogue(40, 56 if transpose_w else 48, 4)
+    options = {"transpose_w": transpose_w, "activation_max": 127, "out_dtype": torch.float32, "variant": variant}
+    clean = cpu.int8_linear(a, w, **extra, **options)
+    a, a_scale, a_outlier = a.clone(), extra["a_scale"].clone(), extra["a_outlier"].clone()
+    a[3], a_scale[3] = 0, float("nan")
+    a_outlier[17, 2] = float("inf")
+    a[29], a_scale[29], a_outlier[29] = 0, 0, 0
+    y = cpu.int8_linear(a, w, **{**extra, "a_scale": a_scale, "a_outlier": a_outlier}, **options)
+    assert not y[[3, 17]].isfinite().any()
+    assert torch.equal(y[29], extra["bias"])
+    others = [t for t in range(40) if t not in (3, 17, 29)]
+    assert torch.equal(y[others], clean[others])
+
+
+# --- errors --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", [64, 100, 127, -65, -128])
+def test_broken_promise_of_seven_bits_raises(variant: str, transpose_w: bool, value: int) -> None:
+    a, w = operands(30, 40, 50, transpose_w, 63, False)
+    a[29, 13] = value
+    with pytest.raises(ShapeError, match="a_int8: has absolute values over 63, expected at most activation_max=63"):
+        cpu.int8_linear(a, w, transpose_w=transpose_w, activation_max=63, variant=variant)
+    assert_exact(variant, a, w, transpose_w, 127)
+
+
+INT8 = torch.zeros(4, 6, dtype=torch.int8)
+WEIGHT = torch.zeros(5, 6, dtype=torch.int8)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"a_int8": INT8[0]}, r"a_int8: has shape (6,), expected (any, any)"),
+        ({"a_int8": INT8[:, :5]}, "a_int8: has 5 columns, expected 6 for a weight of shape (5, 6)"),
+        ({"transpose_w": True}, "a_int8: has 6 columns, expected 5 for a weight of shape (5, 6)"),
+        ({"a_int8": INT8.float()}, "a_int8: is torch.float32, expected torch.int8"),
+        ({"w_int8": WEIGHT.to(torch.uint8)}, "w_int8: is torch.uint8, expected torch.int8"),
+        ({"w_int8": WEIGHT.to("meta")}, "w_int8: is torch.strided on meta, expected a dense CPU tensor"),
+        ({"activation_max": 128}, "activation_max: is 128, expected 127 or 63"),
+        ({"out_dtype": torch.float64}, "out_dtype: is torch.float64, expected float32"),
+        ({"a_scale": torch.ones(5)}, "a_scale: has shape (5,), expected (4)"),
+        ({"a_scale": torch.ones(4).double()}, "a_scale: is torch.float64, expected torch.float32"),
+        ({"w_scale": torch.ones(4)}, "w_scale: has shape (4,), expected (5)"),
+        ({"bias": torch.ones(1, 5)}, "bias: has shape (1, 5), expected (5)"),
+        ({"a_outlier": torch.ones(4, 2)}, "a_outlier: comes alone, expected together with w_outlier"),
+        (
+            {"a_outlier": torch.ones(4, 2), "w_outlier": torch.ones(3, 5)},
+            "w_outlier: has shape (3, 5), expected (2, 5)",
+        ),
+        ({"a_scale": torch.ones(4), "out_dtype": torch.int32}, "out_dtype: is torch.int32 with scales, outliers or a"),
+    ],
+)
+def test_operands_that_do_not_fit_raise(changed: dict[str, object], message: str) -> None:
+    arguments = {"a_int8": INT8, "w_int8": WEIGHT, "transpose_w": False, "activation_max": 127}
+    with pytest.raises(ShapeError, match=re.escape(message)):
+        cpu.int8_linear(**{**arguments, "out_dtype": torch.float32, **changed})
+
+
+def test_reason_unavailable_says_what_the_compiler_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(cpu.VARIANTS, "broken", ("-DQUAFF_ISA_AVX2", "-mno-such-flag"))
+    reason = cpu.reason_unavailable("broken")
+    assert reason is not None
+    assert "cannot be compiled" in reason
+    assert "-mno-such-flag" in reason
+    assert cpu.instruction_set("broken") == "none"
+
+
+# --- quantizers ----------------------------------------------------------------------------------------------------
+
+
+def reference_rows(x: Tensor, activation_max: int) -> tuple[Tensor, Tensor]:
+    """Per-token rounding written with whole-tensor torch operations in float32, where division is correctly rounded."""
+    scale = x.abs().amax(dim=1) / activation_max if x.shape[1] else torch.zeros(x.shape[0])
+    is_finite = x.isfinite().all(dim=1)
+    quotient = torch.where((is_finite & (scale > 0))[:, None], x / scale[:, None], 0.0)
+    rows = torch.round(quotient).clamp(-activation_max, activation_max).to(torch.int8)
+    return rows, torch.where(is_finite, scale, torch.nan)
+
+
+def planted_activation(tokens: int, k: int, outliers: int) -> tuple[Tensor, Tensor, Tensor]:
+    channels = torch.randperm(k)[:outliers]
+    x = torch.randn(tokens, k)
+    x[:, channels] *= 60
+    return x, channels, 1 + 7 * torch.rand(outliers)
+
+
+@pytest.mark.parametrize("activation_max", [63, 127])
+@pytest.mark.parametrize("dtype", FLOATING)
+@pytest.mark.parametrize(("tokens", "k", "outliers"), [(0, 5, 1), (1, 1, 1), (3, 0, 0), (37, 1031, 20), (90, 2048, 0)])
+def test_quantized_activation_equals_the_formula(
+    variant: str, activation_max: int, dtype: torch.dtype, tokens: int, k: int, outliers: int
+) -> None:
+    x, channels, smoothing = planted_activation(tokens, k, outliers)
+    x = x.to(dtype)
+    x_int8, x_scale, x_outlier = cpu.quantize_activation(x, channels, smoothing, activation_max, variant=variant)
+    smooth = x.float()
+    before, inverse = smooth[:, channels], 1 / smoothing
+    smooth[:, channels] = before * inverse
+    wanted, wanted_scale = reference_rows(smooth, activation_max)
+    assert torch.equal(x_int8, wanted)
+    assert torch.equal(x_scale, wanted_scale)
+    assert torch.equal(x_outlier, before * (1 - inverse))
+    if tokens and k:
+        assert x_int8.abs().amax() == activation_max
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    tokens=st.integers(0, 40),
+    n=st.integers(1, 200),
+    activation_max=st.sampled_from([63, 127]),
+    exponent=st.integers(-44, 37),
+)
+def test_quantized_gradient_equals_the_formula_at_every_size(
+    variant: str, tokens: int, n: int, activation_max: int, exponent: int
+) -> None:
+    # Down to subnormal rows, whose scale is itself rounded to a few bits, and up to the largest floats.
+    g = torch.randn(tokens, n).clamp(-3, 3) * 10.0**exponent
+    w_scale = torch.rand(n)
+    g_int8, g_scale = cpu.quantize_gradient(g, w_scale, activation_max, variant=variant)
+    wanted, wanted_scale = reference_rows(g * w_scale, activation_max)
+    assert torch.equal(g_int8, wanted)
+    assert torch.equal(g_scale, wanted_scale)
+
+
+def test_halves_are_rounded_to_even(variant: str) -> None:
+    x = torch.tensor([[127.0, 0.5, 1.5, 2.5, -0.5, -1.5, -2.5, 126.5, -126.5]])
+    x_int8, x_scale, _ = cpu.quantize_activation(x, torch.zeros(0, dtype=torch.int64), torch.zeros(0), 127)
+    assert x_scale.tolist() == [1.0]
+    assert x_int8.tolist() == [[127, 0, 2, 2, 0, -2, -2, 126, -126]]
+
+
+def test_bad_and_zero_rows_are_defined_and_alone(variant: str) -> None:
+    x, channels, smoothing = planted_activation(12, 77, 5)
+    clean = cpu.quantize_activation(x, channels, smoothing, 127, variant=variant)
+    bad = x.clone()
+    bad[2, 76] = float("nan")
+    bad[5, channels[1]] = float("inf")
+    bad[8, 0] = float("-inf")
+    bad[10] = 0
+    x_int8, x_scale, x_outlier = cpu.quantize_activation(bad, channels, smoothing, 127, variant=variant)
+    assert x_scale[[2, 5, 8]].isnan().all()
+    assert x_scale[10] == 0
+    assert not x_int8[[2, 5, 8, 10]].any()
+    assert not x_outlier[10].any()
+    others = [t for t in range(12) if t not in (2, 5, 8, 10)]
+    for result, wanted in zip((x_int8, x_scale, x_outlier), clean, strict=True):
+        assert torch.equal(result[others], wanted[others])
+
+
+def test_infinite_smoothing_takes_a_channel_out(variant: str) -> None:
+    x, channels, smoothing = planted_activation(6, 70, 4)
+    smoothing[2] = float("inf")
+    x_int8, x_scale, x_outlier = cpu.quantize_activation(x, channels, smoothing, 127, variant=variant)
+    x_without = x.index_fill(1, channels[2:3], 0)
+    wanted = cpu.quantize_activation(x_without, channels, smoothing, 127, variant=variant)
+    assert torch.equal(x_int8, wanted[0])
+    assert torch.equal(x_scale, wanted[1])
+    assert torch.equal(x_outlier[:, 2], x[:, channels[2]])
+
+
+def test_strided_rows_are_read_in_their_order(variant: str) -> None:
+    x, channels, smoothing = planted_activation(9, 66, 3)
+    wanted = cpu.quantize_activation(x, channels, smoothing, 127, variant=variant)
+    wide = torch.cat([x, torch.full((9, 7), 1e6)], dim=1)
+    for view in (wide[:, :66], x.t().contiguous().t(), torch.stack([x, x * 9], dim=2)[:, :, 0]):
+        for result, right in zip(
+            cpu.quantize_activation(view, channels, smoothing, 127, variant=variant), wanted, strict=True
+        ):
+            assert torch.equal(result, right)
+    one = x[:1].expand(4, 66)
+    assert torch.equal(cpu.quantize_activation(one, channels, smoothing, 127)[0], wanted[0][:1].expand(4, 66))
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"x": torch.zeros(4, 6).double()}, "x: is torch.float64, expected float32, bfloat16 or float16"),
+        ({"x": torch.zeros(6)}, "x: has shape (6,), expected (any, any)"),
+        ({"x": torch.zeros(4, 6, device="meta")}, "x: is torch.strided on meta"),
+        ({"outlier_channels": torch.tensor([0, 6])}, "outlier_channels: has an index outside the 6 columns of x"),
+        ({"outlier_channels": torch.tensor([-1, 0])}, "outlier_channels: has an index outside the 6 columns of x"),
+        ({"outlier_channels": torch.tensor([0, 1]).int()}, "outlier_channels: is torch.int32, expected torch.int64"),
+        ({"smoothing_scale": torch.ones(3)}, "smoothing_scale: has shape (3,), expected (2)"),
+        ({"activation_max": 15}, "activation_max: is 15, expected 127 or 63"),
+    ],
+)
+def test_activations_that_do_not_fit_raise(changed: dict[str, object], message: str) -> None:
+    arguments = {"x": torch.zeros(4, 6), "outlier_channels": torch.tensor([1, 5]), "smoothing_scale": torch.ones(2)}
+    with pytest.raises(ShapeError, match=re.escape(message)):
+        cpu.quantize_activation(**{**arguments, "activation_max": 127, **changed})
+
+
+def test_gradient_that_does_not_fit_raises() -> None:
+    with pytest.raises(ShapeError, match=re.escape("w_scale: has shape (5,), expected (6)")):
+        cpu.quantize_gradient(torch.zeros(4, 6), torch.ones(5), 127)
+
+
+# --- other processors ----------------------------------------------------------------------------------------------
+
+EMULATED_CHECK = r"""
+#include <cmath>
+#include <cstdio>
+#include <vector>
+static int32_t next(uint32_t& state, int limit) {
+  state = state * 1664525u + 1013904223u;
+  return static_cast<int32_t>((state >> 8) % (2 * limit + 1)) - limit;
+}
+int main() {
+  uint32_t state = 1;
+  int wrong = 0;
+  for (int tokens : {1, 3, 4, 9, 22}) for (int reduction : {1, 5, 16, 67, 130}) for (int columns : {1, 15, 16, 70}) {
+    for (int transposed : {0, 1}) for (int limit : {63, 127}) {
+      std::vector<int8_t> a(tokens * reduction), w(reduction * columns);
+      for (auto& value : a) value = next(state, limit);
+      for (auto& value : w) value = next(state, 127);
+      std::vector<int32_t> out(tokens * columns);
+      if (quaff_int8_linear(a.data(), w.data(), tokens, reduction, columns, transposed, limit, nullptr, nullptr,
+                            nullptr, nullptr, 0, nullptr, out.data(), quaff::kInt32, 2)) wrong++;
+      for (int t = 0; t < tokens; t++) for (int c = 0; c < columns; c++) {
+        int32_t sum = 0;
+        for (int r = 0; r < reduction; r++) {
+          sum += a[t * reduction + r] * w[transposed ? r * columns + c : c * reduction + r];
+        }
+        wrong += sum != out[t * columns + c];
+      }
+      std::vector<float> x(tokens * reduction), scale(tokens);
+      std::vector<int8_t> x_int8(tokens * reduction);
+      for (auto& value : x) value = next(state, 1000000) * 1e-3f;
+      if (quaff_quantize_rows(x.data(), quaff::kFloat32, tokens, reduction, reduction, nullptr, nullptr, nullptr, 0,
+                              limit, x_int8.data(), scale.data(), nullptr, 2)) wrong++;
+      for (int i = 0; i < tokens * reduction; i++) {
+        const float s = scale[i / reduction];
+        wrong += x_int8[i] != (s == 0 ? 0 : static_cast<int>(std::nearbyint(x[i] / s)));
+      }
+    }
+  }
+  std::printf("%s %d wrong\n", quaff_instruction_set(), wrong);
+  return wrong != 0;
+}
+"""
+
+
+@pytest.mark.parametrize(
+    ("flags", "name"),
+    [(["-march=armv8.2-a+dotprod+fp16"], "neon_dotprod"), (["-march=armv8-a"], "generic")],
+)
+def test_arm_build_is_exact(tmp_path: Path, flags: list[str], name: str) -> None:
+    compiler, emulator = shutil.which("aarch64-linux-gnu-g++"), shutil.which("qemu-aarch64")
+    if compiler is None:
+        pytest.skip("no aarch64-linux-gnu-g++ here (Debian: g++-aarch64-linux-gnu)")
+    program = f"{tmp_path}/check"
+    strict = ["-Wall", "-Wextra", "-Werror", "-Wno-maybe-uninitialized", "-Wno-uninitialized"]
+    subprocess.run(
+        [compiler, "-std=c++17", "-O2", "-fopenmp", "-static", *strict, *flags, "-x", "c++", "-", "-o", program],
+        input=cpu.source() + EMULATED_CHECK,
+        text=True,
+        check=True,
+    )
+    if emulator is None:
+        pytest.skip("compiled, not run: no qemu-aarch64 here (Debian: qemu-user)")
+    ran = subprocess.run([emulator, program], capture_output=True, text=True, timeout=120, check=False)
+    assert ran.stdout.strip() == f"{name} 0 wrong"

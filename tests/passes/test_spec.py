@@ -1,0 +1,125 @@
+"""The spec accepts what the passes make and refuses what they must not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from quaff_fx.passes import pipeline, spec
+from torch import nn
+from torch.fx import Graph, GraphModule, symbolic_trace
+from torch.nn import functional as F  # noqa: N812
+
+from quaff_fx.errors import PassError
+from tests.passes.tracing import observed, quantized, trace
+
+quaff = torch.ops.quaff
+
+
+def quantized_program(x, w_int8, w_scale, w_outlier, channels, w_absmax, s, next_s):
+    return F.linear(x, quantized(w_int8, w_scale, w_outlier, channels, w_absmax, s, next_s, training=True))
+
+
+def observed_program(x, p, step_absmax, step_count, in_dim_seen):
+    return F.linear(x, observed(p, step_absmax, step_count, in_dim_seen))
+
+
+def nested(body: GraphModule) -> GraphModule:
+    root, graph = nn.Module(), Graph()
+    root.body = body
+    x = graph.placeholder("x")
+    graph.output(graph.call_function(torch.ops.higher_order.tag_activation_checkpoint, (graph.get_attr("body"), x)))
+    return GraphModule(root, graph)
+
+
+def test_what_the_passes_make_is_accepted() -> None:
+    spec.check_observed(pipeline.observe(trace(observed_program), 1.0).graph_module)
+    spec.check_quantized(pipeline.quantize(trace(quantized_program)).graph_module)
+
+
+def test_graphs_without_markers_are_accepted() -> None:
+    plain = trace(lambda x, w: F.linear(x, w))
+    spec.check_observed(plain)
+    spec.check_quantized(plain)
+
+
+def test_a_marker_that_something_else_reads_is_accepted() -> None:
+    def program(x, w_int8, w_scale, w_outlier, channels, w_absmax, s, next_s):
+        return x * quantized(w_int8, w_scale, w_outlier, channels, w_absmax, s, next_s)
+
+    spec.check_quantized(trace(program))
+
+
+@pytest.mark.parametrize("program", [observed_program, quantized_program])
+@pytest.mark.parametrize("wrap", [lambda g: g, nested], ids=["top", "subgraph"])
+def test_a_marker_in_an_observed_graph_is_refused(
+    program: Callable[..., Any], wrap: Callable[[GraphModule], GraphModule]
+) -> None:
+    with pytest.raises(PassError, match=r"weight_default: is a marker, expected none in an observed graph"):
+        spec.check_observed(wrap(trace(program)))
+
+
+@pytest.mark.parametrize("wrap", [lambda g: g, nested], ids=["top", "subgraph"])
+def test_a_float_linear_of_a_dequantized_weight_is_refused(wrap: Callable[[GraphModule], GraphModule]) -> None:
+    with pytest.raises(PassError, match=r"linear: multiplies a dequantized weight in float, expected quaff\.linear"):
+        spec.check_quantized(wrap(trace(quantized_program)))
+
+
+def test_an_observer_in_a_quantized_graph_is_refused() -> None:
+    observing = pipeline.observe(trace(observed_program), 1.0).graph_module
+    with pytest.raises(PassError, match="observe_default: observes, expected no observer in a quantized graph"):
+        spec.check_quantized(observing)
+    with pytest.raises(PassError, match="observe_weight_default: observes"):
+        spec.check_quantized(trace(observed_program))
+
+
+def int8_graph(build: Callable[..., Any]) -> GraphModule:
+    def program(x, z, channels, s, w_int8, w_scale, w_outlier):
+        weight = (w_int8, w_scale, w_outlier, None)
+        return build(x, z, channels, s, weight)
+
+    return symbolic_trace(program)
+
+
+def parts_of(x: Any, channels: Any, s: Any, q: int = 127) -> tuple[Any, ...]:
+    parts = quaff.quantize_activation.default(x.detach(), channels, s, q)
+    return parts[0], parts[1], parts[2]
+
+
+def test_a_handwritten_legal_graph_is_accepted() -> None:
+    spec.check_quantized(
+        int8_graph(lambda x, z, c, s, weight: quaff.linear.default(x, *parts_of(x, c, s), *weight, 127))
+    )
+
+
+def mixed(x, z, c, s, weight):
+    first, second = parts_of(x, c, s), parts_of(x, c, s)
+    return quaff.linear.default(x, first[0], second[1], first[2], *weight, 127)
+
+
+def swapped(x, z, c, s, weight):
+    x_int8, x_scale, x_outlier = parts_of(x, c, s)
+    return quaff.linear.default(x, x_int8, x_outlier, x_scale, *weight, 127)
+
+
+ILLEGAL: dict[str, Callable[..., Any]] = {
+    "parts of two activations": mixed,
+    "parts of another activation": lambda x, z, c, s, weight: quaff.linear.default(x, *parts_of(z, c, s), *weight, 127),
+    "parts in another range": lambda x, z, c, s, weight: quaff.linear.default(x, *parts_of(x, c, s, 63), *weight, 127),
+    "parts of something else": lambda x, z, c, s, weight: quaff.linear.default(
+        x, *torch.split(x, 1)[0:1], x[0], x[1], *weight, 127
+    ),
+    "parts that are inputs": lambda x, z, c, s, weight: quaff.linear.default(x, z, s, c, *weight, 127),
+    "an activation that was not detached": lambda x, z, c, s, weight: quaff.linear.default(
+        x, *(quaff.quantize_activation.default(x, c, s, 127)[i] for i in range(3)), *weight, 127
+    ),
+    "parts in the wrong order": swapped,
+}
+
+
+@pytest.mark.parametrize("build", ILLEGAL.values(), ids=ILLEGAL)
+def test_an_int8_linear_that_does_not_read_its_own_activation_is_refused(build: Callable[..., Any]) -> None:
+    with pytest.raises(PassError, match=r"^linear_default: "):
+        spec.check_quantized(int8_graph(build))

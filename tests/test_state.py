@@ -1,0 +1,615 @@
+"""What stands in the place of a frozen weight: attached and restored, read, moved, copied, saved, and never edited."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+
+from quaff_fx import numerics, ops, state
+from quaff_fx.errors import QuaffError, WeightError
+from quaff_fx.state import Int8Weight, ObservedWeight, OutlierState, QuantizedWeight
+from tests.data import dequantized_rows, normal, planted_outliers, quaff_error_bound
+
+CHANNELS = [5, 1]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+class Conv1D(nn.Module):
+    """GPT-2's linear: the weight is (in, out)."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(in_features, out_features), requires_grad=False)
+        self.bias = nn.Parameter(torch.zeros(out_features), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.addmm(self.bias, x.view(-1, x.size(-1)), self.weight)
+        return y.view(*x.shape[:-1], self.weight.shape[1])
+
+
+def outlier_state(momentum: float = 0.1) -> OutlierState:
+    s = torch.tensor([8.0, 3.0])
+    return OutlierState(torch.tensor(CHANNELS), torch.tensor([0.3, 0.2]), s, momentum)
+
+
+def frozen(module: nn.Module, seed: int = 0, dtype: torch.dtype = torch.float32) -> nn.Module:
+    for name, parameter in module.named_parameters():
+        parameter.data = normal(*parameter.shape, seed=seed + len(name), std=0.1, dtype=dtype)
+    return module.requires_grad_(False)
+
+
+def quantize(module: nn.Module, in_dim: int = 1, outliers: OutlierState | None = None, q: int = 127) -> QuantizedWeight:
+    quantized = QuantizedWeight(module.weight, in_dim, outliers or outlier_state(), q)  # type: ignore[arg-type]
+    state.attach(module, {"weight": quantized})
+    return quantized
+
+
+def quantized_linear(dtype: torch.dtype = torch.float32) -> nn.Linear:
+    module = frozen(nn.Linear(12, 8), dtype=dtype)
+    quantize(module)
+    assert isinstance(module, nn.Linear)
+    return module
+
+
+def reference_weight(quantized: QuantizedWeight) -> Tensor:
+    """w_int8 w_scale with the outlier columns in place, (N, K) float64."""
+    weight = dequantized_rows(quantized.w_int8, quantized.w_scale)
+    weight[:, quantized.outliers.outlier_channels] = quantized.w_outlier.double().t()
+    return weight
+
+
+def assert_within_bound(y: Tensor, x: Tensor, weight: Tensor, quantized: QuantizedWeight) -> None:
+    """y = x Wᵀ within what rounding allows; `weight` is (N, K) as it was before."""
+    x, y = x.reshape(-1, x.shape[-1]).detach(), y.reshape(-1, y.shape[-1]).detach()
+    s, channels = quantized.outliers.smoothing_scale, quantized.outliers.outlier_channels
+    smoothing = torch.ones(x.shape[1], dtype=torch.float64)
+    smoothing[channels] = s.double()
+    x_scale = (x.double() / smoothing).abs().amax(dim=1) / quantized.activation_max
+    bound = quaff_error_bound(x, channels, s, x_scale, quantized.w_int8, quantized.w_scale)
+    assert ((y.double() - x.double() @ weight.double().t()).abs() <= bound).all()
+
+
+# --- attach and restore ------------------------------------------------------------------------------------------
+
+
+def test_an_observed_weight_is_given_back_bit_for_bit() -> None:
+    module = frozen(nn.Linear(12, 8))
+    weight, keys = module.weight, list(module.state_dict())
+    state.attach(module, {"weight": ObservedWeight(weight, 0.0)})
+    assert isinstance(module, nn.Linear)
+    assert module.weight is weight, "eager code reads the weight itself"
+    assert list(module.state_dict()) == keys, "statistics are not saved"
+    state.restore(module, "weight")
+    assert type(module) is nn.Linear
+    assert module.weight is weight
+    assert list(module._modules) == []
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_quantized_weight_comes_back_dequantized_in_its_dtype(dtype: torch.dtype) -> None:
+    module = frozen(nn.Linear(12, 8), dtype=dtype)
+    original = module.weight.clone()
+    quantized = quantize(module)
+    assert "weight" not in module._parameters, "the float weight is gone"
+    state.restore(module, "weight")
+    assert type(module) is nn.Linear
+    assert isinstance(module._parameters["weight"], nn.Parameter)
+    assert not module.weight.requires_grad
+    assert module.weight.dtype == dtype
+    torch.testing.assert_close(module.weight.detach(), reference_weight(quantized).to(dtype))
+    assert torch.equal(module.weight[:, CHANNELS], original[:, CHANNELS]), "outlier columns are exact"
+
+
+def test_a_transposed_weight_comes_back_in_its_own_layout() -> None:
+    module = frozen(Conv1D(12, 8))
+    quantized = quantize(module, in_dim=0)
+    assert quantized.w_int8.shape == (8, 12)
+    assert module.weight.shape == (12, 8)
+    state.restore(module, "weight")
+    assert module.weight.shape == (12, 8)
+    assert module.weight.is_contiguous()
+    torch.testing.assert_close(module.weight.double(), reference_weight(quantized).t(), rtol=1e-6, atol=0)
+
+
+def test_quantizing_the_restored_weight_again_gives_the_same_integers() -> None:
+    """Rounding twice must not drift; the outlier columns may hold a row's largest value, so they are left out."""
+    module = frozen(nn.Linear(12, 8))
+    quantized = quantize(module)
+    state.restore(module, "weight")
+    w_int8, w_scale = numerics.quantize_weight(module.weight)
+    same_scale = torch.isclose(w_scale, quantized.w_scale, rtol=1e-6, atol=0)
+    assert same_scale.any()
+    assert torch.equal(w_int8[same_scale], quantized.w_int8[same_scale])
+
+
+def test_two_weights_of_one_module_are_attached_and_restored_one_by_one() -> None:
+    module = frozen(nn.Bilinear(4, 4, 4))
+    module.weight = nn.Parameter(normal(6, 12, seed=0), requires_grad=False)
+    module.other = nn.Parameter(normal(5, 12, seed=1), requires_grad=False)
+    other = module.other
+    weights = {"weight": QuantizedWeight(module.weight, 1, outlier_state(), 127), "other": ObservedWeight(other, 0.0)}
+    state.attach(module, weights)
+    assert state.states_of(module) == weights
+    state.restore(module, "weight")
+    assert list(state.states_of(module)) == ["other"]
+    assert module.other is other
+    assert isinstance(module._parameters["weight"], nn.Parameter)
+    state.restore(module, "other")
+    assert type(module) is nn.Bilinear
+    assert state.states_of(module) == {}
+
+
+def test_one_class_serves_all_modules_of_a_kind() -> None:
+    first, second, conv = (frozen(m) for m in (nn.Linear(12, 8), nn.Linear(12, 20), Conv1D(12, 8)))
+    quantize(first)
+    quantize(second)
+    quantize(conv, in_dim=0)
+    assert type(first) is type(second)
+    assert isinstance(first, nn.Linear)
+    assert type(conv) is not type(first)
+    assert isinstance(conv, Conv1D)
+    observed = frozen(nn.Linear(3, 4))
+    state.attach(observed, {"weight": ObservedWeight(observed.weight, 0.0)})
+    assert type(observed) is type(first), "the stage is in the state, not in the class"
+
+
+def test_the_module_keeps_its_mode_and_passes_it_on() -> None:
+    module = frozen(nn.Linear(12, 8)).eval()
+    quantized = quantize(module)
+    assert not quantized.training
+    module.train()
+    assert quantized.training
+
+
+def test_weight_bytes_count_every_tensor() -> None:
+    quantized = quantize(frozen(nn.Linear(12, 8)))
+    assert quantized.weight_bytes() == 8 * 12 + 4 * 8 + 4 * 2 * 8 + 8 * 2 + 3 * 4 * 2
+
+
+def test_nothing_of_a_quantized_weight_is_trainable() -> None:
+    module = quantized_linear()
+    assert not any(parameter.requires_grad for parameter in module.parameters())
+
+
+def test_an_all_zero_weight_multiplies_to_the_bias() -> None:
+    module = nn.Linear(12, 8).requires_grad_(False)
+    module.weight.zero_()
+    bias = module.bias.clone()
+    quantize(module)
+    assert torch.equal(module(normal(3, 12, seed=0)), bias.expand(3, 8))
+
+
+# --- reading -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("q", [127, 63])
+@pytest.mark.parametrize("lead", [(5,), (2, 3), (0,), ()])
+def test_a_linear_runs_in_int8_and_agrees_with_float64(lead: tuple[int, ...], q: int) -> None:
+    module = frozen(nn.Linear(12, 8))
+    weight, bias = module.weight.clone(), module.bias.clone()
+    quantized = quantize(module, q=q)
+    x = planted_outliers(30, 12, CHANNELS, 40.0, seed=1)[: max(1, torch.Size(lead).numel())].reshape(-1)
+    x = x[: torch.Size(lead).numel() * 12].reshape(*lead, 12)
+    y = module(x)
+    assert type(y) is Tensor
+    assert y.shape == (*lead, 8)
+    assert_within_bound(y - bias, x, weight, quantized)
+
+
+def count_int8_products(run: Callable[[], object]) -> int:
+    class Counter(torch.utils._python_dispatch.TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            Counter.count += func is torch.ops.quaff.linear.default
+            return func(*args, **(kwargs or {}))
+
+    with Counter():
+        run()
+    return Counter.count
+
+
+LINEARS: dict[str, tuple[int, Callable[[Tensor, Tensor, Tensor], Tensor]]] = {
+    "F.linear": (1, lambda x, w, b: F.linear(x, w, b)),
+    "F.linear with keywords": (1, lambda x, w, b: F.linear(input=x, weight=w, bias=b)),
+    "addmm": (0, lambda x, w, b: torch.addmm(b, x, w)),
+    "matmul": (0, lambda x, w, b: torch.matmul(x, w) + b),
+    "@": (0, lambda x, w, b: x @ w + b),
+    "Tensor.matmul": (0, lambda x, w, b: x.matmul(w) + b),
+    "mm": (0, lambda x, w, b: torch.mm(x, w) + b),
+}
+
+
+@pytest.mark.parametrize(("in_dim", "product"), LINEARS.values(), ids=LINEARS)
+def test_every_form_of_a_linear_runs_in_int8(in_dim: int, product: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
+    matrix, x, bias = normal(8, 12, seed=2, std=0.1), planted_outliers(6, 12, CHANNELS, 40.0, seed=1), normal(8, seed=3)
+    weight = matrix if in_dim == 1 else matrix.t().contiguous()
+    quantized = QuantizedWeight(weight, in_dim, outlier_state(), 127)
+    results: list[Tensor] = []
+    assert count_int8_products(lambda: results.append(product(x, quantized.read(), bias))) == 1
+    assert_within_bound(results[0] - bias, x, matrix, quantized)
+
+
+@pytest.mark.parametrize(
+    ("in_dim", "product"),
+    [
+        (1, lambda x, w: x @ w.T),
+        (1, lambda x, w: x @ w.t()),
+        (1, lambda x, w: x.matmul(w.transpose(0, 1))),
+        (0, lambda x, w: F.linear(x, w.t())),
+        (0, lambda x, w: torch.addmm(torch.zeros(6, 8), x, w)),
+        (0, lambda x, w: torch.addmm(torch.zeros(8), x, w, beta=0.5)),
+        (1, lambda x, w: torch.einsum("tk,nk->tn", x, w)),
+        (1, lambda x, w: (w @ x.t()).t()),
+    ],
+    ids=["x @ w.T", "x @ w.t()", "transpose", "linear of t", "addmm matrix", "addmm beta", "einsum", "left operand"],
+)
+def test_a_product_that_is_not_taken_as_a_linear_sees_the_dequantized_weight(
+    in_dim: int, product: Callable[[Tensor, Tensor], Tensor]
+) -> None:
+    matrix, x = normal(8, 12, seed=2), normal(6, 12, seed=3)
+    quantized = QuantizedWeight(matrix if in_dim == 1 else matrix.t().contiguous(), in_dim, outlier_state(), 127)
+    result = product(x, quantized.read())
+    expected = x.double() @ reference_weight(quantized).t()
+    torch.testing.assert_close(result.double(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_product_over_the_out_features_is_not_mistaken_for_the_linear() -> None:
+    """A square weight makes the mistake silent: x @ w of an `nn.Linear` weight is x W, not x Wᵀ."""
+    matrix, x = normal(12, 12, seed=2), normal(6, 12, seed=3)
+    quantized = QuantizedWeight(matrix, 1, outlier_state(), 127)
+    torch.testing.assert_close(
+        (x @ quantized.read()).double(), x.double() @ reference_weight(quantized), rtol=1e-4, atol=1e-4
+    )
+
+
+READS: dict[str, Callable[[Tensor], Tensor]] = {
+    "clone": lambda w: w.clone(),
+    "float": lambda w: w.float() * 1,
+    "detach": lambda w: w.detach() * 1,
+    "twice": lambda w: (w * 2) / 2,
+    "t": lambda w: w.t().t() + 0,
+    "index": lambda w: torch.stack([w[i] for i in range(8)]),
+    "cat": lambda w: torch.cat([w[:3], w[3:]]),
+    "norm": lambda w: w / w.norm() * w.norm(),
+    "bfloat16": lambda w: w.to(torch.float64).to(torch.float32) + 0,
+    "copied from": lambda w: torch.empty(8, 12).copy_(w) + 0,
+}
+
+
+@pytest.mark.parametrize("read", READS.values(), ids=READS)
+def test_other_ops_see_the_dequantized_weight(read: Callable[[Tensor], Tensor]) -> None:
+    module = quantized_linear()
+    (quantized,) = state.states_of(module).values()
+    assert isinstance(quantized, QuantizedWeight)
+    result = read(module.weight)
+    torch.testing.assert_close(result.double(), reference_weight(quantized), rtol=1e-5, atol=1e-6)
+
+
+def test_the_view_tells_its_shape_dtype_and_device_without_data() -> None:
+    weight = quantized_linear(torch.bfloat16).weight
+    assert isinstance(weight, Int8Weight)
+    assert weight.shape == (8, 12)
+    assert weight.ndim == 2
+    assert weight.numel() == 96
+    assert weight.dtype == torch.bfloat16
+    assert weight.device == torch.device("cpu")
+    assert not weight.requires_grad
+    assert repr(weight) == "Int8Weight(shape=(8, 12), dtype=torch.bfloat16)"
+
+
+def test_the_gradient_of_an_eager_linear_is_dy_w() -> None:
+    module = quantized_linear()
+    (quantized,) = state.states_of(module).values()
+    assert isinstance(quantized, QuantizedWeight)
+    x, dy = normal(4, 12, seed=1).requires_grad_(), normal(4, 8, seed=2)
+    module(x).backward(dy)
+    assert x.grad is not None
+    w_int8, w_scale = quantized.w_int8.double(), quantized.w_scale.double()
+    g_scale = (dy.double() * w_scale).abs().amax(dim=1, keepdim=True) / 127
+    exact = (dy.double() * w_scale) @ w_int8
+    assert ((x.grad.double() - exact).abs() <= 1.001 * g_scale / 2 * w_int8.abs().sum(dim=0)).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_linear_gives_the_dtype_of_its_input(dtype: torch.dtype) -> None:
+    module = quantized_linear(dtype)
+    assert module(normal(3, 12, seed=0, dtype=dtype)).dtype == dtype
+
+
+def test_while_traced_a_read_is_one_marker_with_all_the_state(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = quantized_linear()
+    conv = frozen(Conv1D(12, 8))
+    quantize(conv, in_dim=0)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert type(module.weight) is Tensor
+    assert module.weight.shape == (8, 12)
+    assert conv.weight.shape == (12, 8)
+    observed = frozen(nn.Linear(12, 8))
+    weight = observed.weight
+    state.attach(observed, {"weight": ObservedWeight(weight, 0.0)})
+    assert torch.equal(observed.weight, weight)
+    assert observed.weight is not weight, "a marker, not the weight"
+
+
+# --- editing -----------------------------------------------------------------------------------------------------
+
+
+def _add_to_data(w: Tensor) -> None:
+    w.data += 1
+
+
+def _set_data(w: Tensor) -> None:
+    w.data = torch.zeros(8, 12)
+
+
+def _add(w: Tensor) -> None:
+    w += 1
+
+
+def _set_row(w: Tensor) -> None:
+    w[0] = 1.0
+
+
+def _set_masked(w: Tensor) -> None:
+    w[torch.ones(8, 12, dtype=torch.bool)] = 0.0
+
+
+EDITS: dict[str, Callable[[Tensor], object]] = {
+    "data +=": _add_to_data,
+    "data =": _set_data,
+    "reading data": lambda w: w.data,
+    "+=": _add,
+    "copy_": lambda w: w.copy_(torch.zeros(8, 12)),
+    "mul_": lambda w: w.mul_(2),
+    "zero_": lambda w: w.zero_(),
+    "row assignment": _set_row,
+    "masked assignment": _set_masked,
+    "index_put_": lambda w: w.index_put_((torch.tensor([0]),), torch.tensor(1.0)),
+    "masked_fill_": lambda w: w.masked_fill_(torch.ones(8, 12, dtype=torch.bool), 0.0),
+    "out=": lambda w: torch.add(torch.zeros(8, 12), 1, out=w),
+    "foreach": lambda w: torch._foreach_add_([w], 1.0),
+    **{
+        f"init.{name}": lambda w, name=name: getattr(nn.init, name)(w)  # type: ignore[misc]
+        for name in ("normal_", "uniform_", "zeros_", "ones_", "eye_", "trunc_normal_")
+        + ("xavier_uniform_", "xavier_normal_", "kaiming_uniform_", "kaiming_normal_")
+    },
+    "init.constant_": lambda w: nn.init.constant_(w, 1.0),
+    "init.sparse_": lambda w: nn.init.sparse_(w, 0.5),
+}
+
+
+EDITS_THROUGH_VIEWS: dict[str, Callable[[Tensor], object]] = {
+    "row in place": lambda w: w[0].zero_(),
+    "transpose in place": lambda w: w.t().add_(1),
+    "view in place": lambda w: w.view(-1).zero_(),
+    "detached in place": lambda w: w.detach().zero_(),
+    "init.orthogonal_": lambda w: nn.init.orthogonal_(w),
+}
+
+
+@pytest.mark.parametrize("edit", (EDITS | EDITS_THROUGH_VIEWS).values(), ids=EDITS | EDITS_THROUGH_VIEWS)
+def test_every_way_of_editing_raises(edit: Callable[[Tensor], object]) -> None:
+    module = quantized_linear()
+    before = copy.deepcopy(module.state_dict())
+    with torch.no_grad(), pytest.raises(WeightError) as raised:
+        edit(module.weight)
+    text = str(raised.value)
+    assert ": is int8 and rebuilt at each read, expected no code that edits it" in text
+    assert "quaff_fx.dequantize(model)" in text
+    assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+
+
+def test_weight_error_is_a_quaff_error() -> None:
+    assert issubclass(WeightError, QuaffError)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_pefts_merge_line_raises_instead_of_being_lost(dtype: torch.dtype) -> None:
+    """PEFT: ``base_layer.weight.data += delta_weight``."""
+    base_layer = quantized_linear(dtype)
+    with pytest.raises(WeightError):
+        base_layer.weight.data += torch.zeros(8, 12)
+
+
+@pytest.mark.parametrize("value", [nn.Parameter(torch.zeros(8, 12)), torch.zeros(8, 12)])
+def test_replacing_the_weight_of_a_quantized_module_is_not_silent(value: Tensor) -> None:
+    """The class reads `weight` through its state; an assignment that nobody reads would be lost."""
+    module = quantized_linear()
+    with pytest.raises((WeightError, KeyError, AttributeError)):
+        module.weight = value
+
+
+# --- moving, copying, saving -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("move", "dtype"),
+    [
+        (lambda m: m.half(), torch.float16),
+        (lambda m: m.bfloat16(), torch.bfloat16),
+        (lambda m: m.to(torch.bfloat16), torch.bfloat16),
+        (lambda m: m.double(), torch.float64),
+        (lambda m: m.type(torch.float16), torch.float16),
+        (lambda m: m.to("cpu"), torch.float32),
+    ],
+    ids=["half", "bfloat16", "to bfloat16", "double", "type", "to cpu"],
+)
+@pytest.mark.parametrize("where", ["module", "parent"])
+def test_float32_state_stays_float32_and_the_weight_follows(
+    move: Callable[[nn.Module], nn.Module], dtype: torch.dtype, where: str
+) -> None:
+    module = quantized_linear()
+    before = {name: value.clone() for name, value in module.state_dict().items() if name.startswith("quaff_")}
+    assert len(before) == 7
+    move(module if where == "module" else nn.Sequential(nn.Sequential(module)))
+    after = {name: value for name, value in module.state_dict().items() if name.startswith("quaff_")}
+    assert {name: value.dtype for name, value in after.items()} == {n: v.dtype for n, v in before.items()}
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    assert module.weight.dtype == dtype
+    assert module.bias.dtype == dtype
+
+
+@pytest.mark.parametrize("move", [lambda m: m.half(), lambda m: m.to(torch.bfloat16), lambda m: m.double()])
+def test_statistics_stay_float32(move: Callable[[nn.Module], nn.Module]) -> None:
+    module = frozen(nn.Linear(12, 8))
+    state.attach(module, {"weight": ObservedWeight(module.weight, 0.0)})
+    move(module)
+    (observed,) = state.states_of(module).values()
+    dtypes = {name: buffer.dtype for name, buffer in observed.named_buffers()}
+    assert dtypes.pop("in_dim_seen") == torch.int64
+    assert set(dtypes.values()) == {torch.float32}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_moved_module_still_multiplies(dtype: torch.dtype) -> None:
+    module = quantized_linear()
+    x = normal(4, 12, seed=1, dtype=dtype)
+    expected = module(x.float())
+    y = module.to(dtype)(x)
+    torch.testing.assert_close(y.float(), expected, rtol=2e-2, atol=2e-2)
+
+
+def pickled(module: nn.Module) -> nn.Module:
+    copied: nn.Module = pickle.loads(pickle.dumps(module))
+    return copied
+
+
+def saved_and_loaded(module: nn.Module) -> nn.Module:
+    buffer = io.BytesIO()
+    torch.save(module, buffer)
+    buffer.seek(0)
+    loaded: nn.Module = torch.load(buffer, weights_only=False)
+    return loaded
+
+
+COPIES = pytest.mark.parametrize(
+    "copied", [copy.deepcopy, pickled, saved_and_loaded], ids=["deepcopy", "pickle", "save"]
+)
+
+
+@COPIES
+def test_copies_are_equal_and_independent(copied: Callable[[nn.Module], nn.Module]) -> None:
+    module = quantized_linear()
+    x = normal(4, 12, seed=1)
+    other = copied(module)
+    assert type(other) is type(module)
+    assert other.state_dict().keys() == module.state_dict().keys()
+    assert all(torch.equal(value, other.state_dict()[name]) for name, value in module.state_dict().items())
+    assert torch.equal(other(x), module(x))
+    before = module(x)
+    for value in other.state_dict().values():
+        value.zero_()
+    assert torch.equal(module(x), before)
+
+
+@COPIES
+def test_an_observed_module_survives_a_copy(copied: Callable[[nn.Module], nn.Module]) -> None:
+    module = frozen(nn.Linear(12, 8))
+    state.attach(module, {"weight": ObservedWeight(module.weight, 7.0)})
+    (observed,) = state.states_of(module).values()
+    assert isinstance(observed, ObservedWeight)
+    observed.step_absmax += 1
+    observed.finish_step(2)
+    (other,) = state.states_of(copied(module)).values()
+    assert isinstance(other, ObservedWeight)
+    assert (other.steps, other.threshold) == (1, 7.0)
+    assert torch.equal(other.absmax_sum, observed.absmax_sum)
+
+
+@COPIES
+@pytest.mark.parametrize("move", [lambda m: m, lambda m: m.half(), lambda m: m.to(torch.bfloat16)])
+def test_shared_outlier_state_stays_shared(
+    copied: Callable[[nn.Module], nn.Module], move: Callable[[nn.Module], nn.Module]
+) -> None:
+    outliers = outlier_state()
+    model = nn.ModuleList([frozen(nn.Linear(12, 8)), frozen(nn.Linear(12, 20))])
+    for module in model:
+        quantize(module, outliers=outliers)
+    model = copied(move(model))
+    first, second = (state.states_of(module)["weight"] for module in model)
+    assert isinstance(first, QuantizedWeight)
+    assert isinstance(second, QuantizedWeight)
+    assert first.outliers is second.outliers
+    assert first.outliers is not outliers
+    first.outliers.next_smoothing_scale.fill_(9)
+    second.outliers.commit()
+    assert first.outliers.smoothing_scale.tolist() == [9, 9]
+
+
+def test_state_dict_round_trip_is_bit_for_bit() -> None:
+    source, target = quantized_linear(), frozen(nn.Linear(12, 8), seed=50)
+    quantize(target)
+    saved = {name: value.clone() for name, value in source.state_dict().items()}
+    assert sorted(saved) == [
+        "bias",
+        "quaff_weight.outliers.next_smoothing_scale",
+        "quaff_weight.outliers.outlier_channels",
+        "quaff_weight.outliers.outlier_w_absmax",
+        "quaff_weight.outliers.smoothing_scale",
+        "quaff_weight.w_int8",
+        "quaff_weight.w_outlier",
+        "quaff_weight.w_scale",
+    ]
+    target.load_state_dict(saved, strict=True)
+    assert all(torch.equal(value, saved[name]) for name, value in target.state_dict().items())
+    x = normal(4, 12, seed=1)
+    assert torch.equal(target(x), source(x))
+
+
+def test_a_quantized_state_dict_does_not_load_into_a_float_module_in_silence() -> None:
+    with pytest.raises(RuntimeError, match=r"Missing key.*weight"):
+        nn.Linear(12, 8).load_state_dict(quantized_linear().state_dict())
+
+
+# --- statistics and smoothing scale ------------------------------------------------------------------------------
+
+
+def test_a_step_folds_the_ranked_channels_in() -> None:
+    observed = ObservedWeight(torch.empty(3, 5), 0.0)
+    for absmax in ([1.0, 9.0, 2.0, 8.0, 0.0], [7.0, 9.0, 2.0, 1.0, 0.0]):
+        observed.start_step()
+        observed.step_absmax.copy_(torch.tensor(absmax))
+        observed.finish_step(2)
+    assert observed.hits.tolist() == [1, 2, 0, 1, 0]
+    assert observed.absmax_sum.tolist() == [8, 18, 4, 9, 0]
+    assert observed.steps == 2
+
+
+def test_a_step_with_a_threshold_folds_the_counts_in() -> None:
+    observed = ObservedWeight(torch.empty(3, 5), 100.0)
+    observed.step_count.copy_(torch.tensor([0.0, 3.0, 0.0, 1.0, 0.0]))
+    observed.finish_step(2)
+    assert observed.hits.tolist() == [0, 3, 0, 1, 0]
+
+
+def test_start_step_forgets_what_was_written_since() -> None:
+    observed = ObservedWeight(torch.empty(3, 5), 100.0)
+    observed.step_absmax += 5
+    observed.step_count += 5
+    observed.start_step()
+    observed.finish_step(2)
+    assert observed.hits.tolist() == observed.absmax_sum.tolist() == [0] * 5
+
+
+def test_statistics_fit_either_orientation_of_the_weight() -> None:
+    assert ObservedWeight(torch.empty(3, 5), 0.0).step_absmax.shape == (5,)
+    assert ObservedWeight(torch.empty(5, 3), 0.0).step_absmax.shape == (5,)
+    assert int(ObservedWeight(torch.empty(5, 3), 0.0).in_dim_seen) == ops.IN_DIM_UNSEEN
+
+
+def test_the_next_smoothing_scale_counts_only_after_commit() -> None:
+    outliers = outlier_state()
+    outliers.next_smoothing_scale.copy_(torch.tensor([5.0, 6.0]))
+    assert outliers.smoothing_scale.tolist() == [8, 3]
+    outliers.commit()
+    assert outliers.smoothing_scale.tolist() == [5, 6]
+    outliers.next_smoothing_scale.zero_()
+    assert outliers.smoothing_scale.tolist() == [5, 6], "committed is a copy"
