@@ -2,8 +2,8 @@
 
     python benchmarks/fidelity.py
 
-For each way of treating outlier channels: the change of the mean loss over float32 (paired, with its standard error over
-batches) and the cosine similarity of the gradient of all adapter parameters, per batch. Batches are held-out word
+For each way of treating outlier channels: the change of the mean loss over float32 (paired, with its standard error
+over batches) and the cosine similarity of the gradient of all adapter parameters, per batch. Batches are held-out word
 problems, the loss counts all tokens. The products run eagerly, which gives the numbers of the compiled model.
 """
 

@@ -22,7 +22,8 @@ class Row:
     """One weight matrix.
 
     Attributes:
-        name: of the module. weight: of the parameter. shape: of the weight. stage: ``"int8"``, ``"observed"`` or ``"float"``.
+        name: of the module. weight: of the parameter. shape: of the weight.
+        stage: ``"int8"``, ``"observed"`` or ``"float"``.
         activation_bits: of its input, None in float. outlier_channels: the most stable first.
         bytes_before, bytes_after: of the weight and all that replaces it. reason: why it is left alone.
     """

@@ -362,6 +362,10 @@ def _set_masked(w: Tensor) -> None:
     w[torch.ones(8, 12, dtype=torch.bool)] = 0.0
 
 
+INITIALIZERS = (
+    *("normal_", "uniform_", "zeros_", "ones_", "eye_", "trunc_normal_"),
+    *("xavier_uniform_", "xavier_normal_", "kaiming_uniform_", "kaiming_normal_"),
+)
 EDITS: dict[str, Callable[[Tensor], object]] = {
     "data +=": _add_to_data,
     "data =": _set_data,
@@ -378,8 +382,7 @@ EDITS: dict[str, Callable[[Tensor], object]] = {
     "foreach": lambda w: torch._foreach_add_([w], 1.0),
     **{
         f"init.{name}": lambda w, name=name: getattr(nn.init, name)(w)  # type: ignore[misc]
-        for name in ("normal_", "uniform_", "zeros_", "ones_", "eye_", "trunc_normal_")
-        + ("xavier_uniform_", "xavier_normal_", "kaiming_uniform_", "kaiming_normal_")
+        for name in INITIALIZERS
     },
     "init.constant_": lambda w: nn.init.constant_(w, 1.0),
     "init.sparse_": lambda w: nn.init.sparse_(w, 0.5),

@@ -141,7 +141,7 @@ template <class Dot>
 static int multiply_many(const int8_t* a, const Product& product, const Weights& weights, int activation_max,
                         int threads) {
   const int offset = activation_max > 63 ? 128 : 64;
-  const int64_t groups = (product.reduction + 3) / 4 * Dot::kSplit;
+  const int64_t reduction = product.reduction, groups = (reduction + 3) / 4 * Dot::kSplit;
   const int64_t blocks = (product.tokens + kMaxRows - 1) / kMaxRows;
   const int64_t block_rows = product.tokens / blocks, longer = product.tokens % blocks;
   const auto first_row = [=](int64_t block) { return block * block_rows + (block < longer ? block : longer); };
@@ -152,21 +152,28 @@ static int multiply_many(const int8_t* a, const Product& product, const Weights&
   const int64_t panels = (product.columns + kPanel - 1) / kPanel;
   const Split cut = choose_split(panels, blocks, block_rows + (longer > 0), weights.transposed, threads);
   const int64_t width = cut.panels * kPanel;
+  const auto pack_block = [=](int64_t block) {
+    const int64_t row = first_row(block);
+    const int rows = static_cast<int>(first_row(block + 1) - row);
+    return pack_rows<Dot>(a + row * reduction, reduction, rows, offset, packed + row * groups);
+  };
+  // Few activations are packed by the calling thread: a barrier costs more, above all where processors are shared.
+  constexpr int64_t kSharedBytes = 1 << 18;
+  const bool is_shared = threads > 1 && product.tokens * groups * 4 > kSharedBytes;
   uint32_t seen = 0;
+  for (int64_t block = 0; block < blocks && !is_shared; block++) seen |= pack_block(block);
   int status = kOk;
 #pragma omp parallel num_threads(threads) reduction(| : seen) reduction(max : status)
   {
+    if (is_shared) {
 #pragma omp for schedule(static)
-    for (int64_t block = 0; block < blocks; block++) {
-      const int64_t row = first_row(block);
-      const int rows = static_cast<int>(first_row(block + 1) - row);
-      seen |= pack_rows<Dot>(a + row * product.reduction, product.reduction, rows, offset, packed + row * groups);
+      for (int64_t block = 0; block < blocks; block++) seen |= pack_block(block);
     }
     const size_t bytes = kStripPanels * (panel_dwords<Dot>(product) + product.outliers * kPanel) * 4;
     int32_t* const memory = static_cast<int32_t*>(weight_scratch.grow(bytes));
     if (memory == nullptr) status = kNoMemory;
     Panel strip[kStripPanels];
-#pragma omp for schedule(dynamic, 1)
+#pragma omp for schedule(dynamic, 1) nowait
     for (int64_t job = 0; job < cut.strips * cut.chunks; job++) {
       if (memory == nullptr) continue;
       const int64_t first = job % cut.strips * width, chunk = job / cut.strips;
@@ -203,7 +210,7 @@ static int multiply_few_forward(const int8_t* a, const Product& product, const W
   {
     float* const outlier = static_cast<float*>(weight_scratch.grow((product.outliers + 1) * kPanel * sizeof(float)));
     if (outlier == nullptr) status = kNoMemory;
-#pragma omp for schedule(dynamic, 1)
+#pragma omp for schedule(dynamic, 1) nowait
     for (int64_t first = 0; first < product.columns; first += kPanel) {
       if (outlier == nullptr) continue;
       Panel panel;
@@ -244,7 +251,7 @@ static int multiply_few_backward(const int8_t* a, const Product& product, const 
     char* const memory = static_cast<char*>(weight_scratch.grow(bytes + product.outliers * kPanel * sizeof(float)));
     if (memory == nullptr) status = kNoMemory;
     vint* const total = reinterpret_cast<vint*>(memory);
-#pragma omp for schedule(dynamic, 1)
+#pragma omp for schedule(dynamic, 1) nowait
     for (int64_t first = 0; first < product.columns; first += width) {
       if (memory == nullptr) continue;
       const int columns = static_cast<int>(product.columns - first < width ? product.columns - first : width);
@@ -281,7 +288,7 @@ static int quantize_all(const Rows& rows, int64_t tokens, int8_t* x_int8, float*
   {
     float* const row = static_cast<float*>(row_scratch.grow((rows.width + 4 * kLanes) * sizeof(float)));
     if (row == nullptr) status = kNoMemory;
-#pragma omp for schedule(static)
+#pragma omp for schedule(static) nowait
     for (int64_t token = 0; token < tokens; token++) {
       if (row != nullptr) quantize_row(rows, token, row, x_int8, x_scale, x_outlier);
     }

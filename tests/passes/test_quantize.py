@@ -65,8 +65,8 @@ def two_linears(shares_state: bool, same_x: bool, between: Any = None, **second:
 def test_a_linear_in_training() -> None:
     graph_module = graph_of(lambda x, w, b: F.linear(x, w, b), training=True)
     assert text(graph_module) == (
-        "dequantize_weight_default = quaff.dequantize_weight.default(w_int8, w_scale, w_outlier, channels, w_absmax, s, "
-        "next_s, 0.1, 127, True, torch.float32)\n"
+        "dequantize_weight_default = quaff.dequantize_weight.default(w_int8, w_scale, w_outlier, channels, w_absmax, "
+        "s, next_s, 0.1, 127, True, torch.float32)\n"
         "linear = linear(x, dequantize_weight_default, bias)\n"
         "return linear"
     )

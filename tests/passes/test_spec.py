@@ -99,6 +99,16 @@ def mixed(x, z, c, s, weight):
     return quaff.linear.default(x, first[0], second[1], first[2], *weight, 127)
 
 
+def of_something_else(x, z, c, s, weight):
+    pieces = torch.split(x, 1)
+    return quaff.linear.default(x, pieces[0], pieces[1], pieces[2], *weight, 127)
+
+
+def not_detached(x, z, c, s, weight):
+    parts = quaff.quantize_activation.default(x, c, s, 127)
+    return quaff.linear.default(x, parts[0], parts[1], parts[2], *weight, 127)
+
+
 def swapped(x, z, c, s, weight):
     x_int8, x_scale, x_outlier = parts_of(x, c, s)
     return quaff.linear.default(x, x_int8, x_outlier, x_scale, *weight, 127)
@@ -108,13 +118,9 @@ ILLEGAL: dict[str, Callable[..., Any]] = {
     "parts of two activations": mixed,
     "parts of another activation": lambda x, z, c, s, weight: quaff.linear.default(x, *parts_of(z, c, s), *weight, 127),
     "parts in another range": lambda x, z, c, s, weight: quaff.linear.default(x, *parts_of(x, c, s, 63), *weight, 127),
-    "parts of something else": lambda x, z, c, s, weight: quaff.linear.default(
-        x, *torch.split(x, 1)[0:1], x[0], x[1], *weight, 127
-    ),
+    "parts of something else": of_something_else,
     "parts that are inputs": lambda x, z, c, s, weight: quaff.linear.default(x, z, s, c, *weight, 127),
-    "an activation that was not detached": lambda x, z, c, s, weight: quaff.linear.default(
-        x, *(quaff.quantize_activation.default(x, c, s, 127)[i] for i in range(3)), *weight, 127
-    ),
+    "parts of an activation that was not detached": not_detached,
     "parts in the wrong order": swapped,
 }
 

@@ -1,0 +1,170 @@
+"""The order of imports, and the few files that may touch torch's private modules."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = "quaff_fx"
+
+ORDER = (
+    "errors",
+    "config",
+    "numerics",
+    "kernels.reference",
+    "kernels.cpu",
+    "kernels.cuda",
+    "kernels.product",
+    "ops",
+    "decompositions",
+    "state",
+    "sites",
+    "passes.infrastructure",
+    "passes.matching",
+    "passes.normalize",
+    "passes.observe",
+    "passes.quantize",
+    "passes.spec",
+    "passes.pipeline",
+    "passes",
+    "readable",
+    "backend",
+    "convert",
+    "calls",
+    "stages",
+    "api",
+    "explain",
+    "graphs",
+)
+"""A file may import only what stands above it; the same list is in docs/architecture.md."""
+
+MAY_USE_PRIVATE_TORCH = {
+    "kernels.cpu": {"torch._inductor"},
+    "decompositions": {"torch._inductor"},
+    "backend": {"torch._dynamo", "torch._functorch", "torch._inductor"},
+    "calls": {"torch._dynamo"},
+    "state": {"torch.utils._pytree"},
+}
+"""The private modules that a file may touch; each is named in docs/architecture.md."""
+
+
+def sources() -> dict[str, Path]:
+    """Every file of the package by its module's name below the package; the package itself is the empty name."""
+    found = {}
+    for folder, prefix in ((ROOT / PACKAGE, ""), (ROOT / "passes", "passes")):
+        for path in folder.rglob("*.py"):
+            parts = [prefix, *path.relative_to(folder).with_suffix("").parts]
+            found[".".join(part for part in parts if part and part != "__init__")] = path
+    return found
+
+
+SOURCES = sources()
+
+
+def imports(name: str) -> Iterator[tuple[str, int]]:
+    """Yields the modules of the package that a file imports, anywhere in it, with the line."""
+    for node in ast.walk(ast.parse(SOURCES[name].read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            targets = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{SOURCES[name]}:{node.lineno}: relative import"
+            submodules = [f"{node.module}.{alias.name}" for alias in node.names]
+            known = [s for s in submodules if s.removeprefix(f"{PACKAGE}.") in SOURCES]
+            # `from quaff_fx import ops` imports ops, `from quaff_fx.passes import Pass` the package passes.
+            targets = [*known, *([str(node.module)] if len(known) < len(submodules) else [])]
+        else:
+            continue
+        for target in targets:
+            if target == PACKAGE or target.startswith(f"{PACKAGE}."):
+                yield target.removeprefix(PACKAGE).removeprefix("."), node.lineno
+
+
+def private_torch(name: str) -> Iterator[tuple[str, int]]:
+    """Yields the private modules of torch that a file imports or reaches by attributes, with the line."""
+    for node in ast.walk(ast.parse(SOURCES[name].read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            paths = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            paths = [f"{node.module}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Attribute):
+            paths = [ast.unparse(node)]
+        else:
+            continue
+        for path in paths:
+            private = re.match(r"torch(\.[a-z]\w*)*\._\w+", path)
+            if private is not None and is_module(private[0]):
+                yield private[0], node.lineno
+
+
+def is_module(path: str) -> bool:
+    """Is this dotted path of torch a module, and not a function or an attribute of one?"""
+    value: object = torch
+    for part in path.split(".")[1:]:
+        value = getattr(value, part, None)
+    if value is None:
+        try:
+            importlib.import_module(path)
+        except ImportError:
+            return False
+        return True
+    return isinstance(value, ModuleType)
+
+
+def test_every_file_has_its_place_in_the_order() -> None:
+    assert sorted(set(SOURCES) - {""}) == sorted(ORDER)
+    assert len(set(ORDER)) == len(ORDER)
+
+
+@pytest.mark.parametrize("name", ORDER)
+def test_a_file_imports_only_what_stands_above_it(name: str) -> None:
+    above = ORDER[: ORDER.index(name)]
+    wrong = [f"{SOURCES[name].relative_to(ROOT)}:{line} imports {target}" for target, line in imports(name)]
+    assert [text for text in wrong if text.rsplit(" ", 1)[1] not in above] == []
+
+
+def test_the_maths_knows_no_module_config_or_graph() -> None:
+    for name in ("numerics", "kernels.reference", "kernels.cpu", "kernels.cuda", "kernels.product"):
+        assert {target for target, _ in imports(name)} <= {"errors", "numerics", "kernels"} | {
+            f"kernels.{kernel}" for kernel in ("reference", "cpu", "cuda")
+        }, name
+        assert not re.search(r"\bnn\.Module\b|\btorch\.fx\b", SOURCES[name].read_text(encoding="utf-8")), name
+
+
+def test_private_modules_of_torch_are_used_only_where_it_is_allowed() -> None:
+    found = {
+        f"{SOURCES[name].relative_to(ROOT)}:{line} uses {module}"
+        for name in SOURCES
+        for module, line in private_torch(name)
+        if not any((module + ".").startswith(allowed + ".") for allowed in MAY_USE_PRIVATE_TORCH.get(name, ()))
+    }
+    assert found == set()
+
+
+def test_no_permission_is_left_over() -> None:
+    for name, allowed in MAY_USE_PRIVATE_TORCH.items():
+        used = {module for module, _ in private_torch(name)}
+        assert {a for a in allowed if not any((u + ".").startswith(a + ".") for u in used)} == set(), name
+
+
+def test_the_documented_order_is_this_one() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    section = re.search(r"^#+ Order of imports\s*$.*?^```\w*\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    assert section is not None, "docs/architecture.md: has no section 'Order of imports' with a fenced list"
+    documented = [line.split()[0].removesuffix(".py").replace("/", ".") for line in section[1].splitlines() if line]
+    assert tuple(documented) == ORDER
+
+
+def test_the_documentation_names_the_files_that_touch_private_modules() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    paragraph = re.search(r"^Torch's private modules.*?\n\n", text, re.MULTILINE | re.DOTALL)
+    assert paragraph is not None, 'docs/architecture.md: has no paragraph that starts with "Torch\'s private modules"'
+    documented = {name.removesuffix(".py").replace("/", ".") for name in re.findall(r"`([\w/]+\.py)`", paragraph[0])}
+    assert documented == set(MAY_USE_PRIVATE_TORCH)
