@@ -78,6 +78,29 @@ def linear_operands(node: Node) -> tuple[Argument, Argument, Argument] | None:
     return x, w, bias
 
 
+def may_mutate(node: Node) -> bool:
+    """Tells whether a node may edit a tensor in place; errs on the side of yes."""
+    target = node.target
+    if node.op == "call_method":
+        name = str(target)
+        return (name.endswith("_") and not name.endswith("__")) or name in ("__setitem__", "__iadd__", "__imul__")
+    if node.op != "call_function":
+        return node.op == "call_module"
+    if isinstance(target, torch._ops.OpOverload):
+        return target._schema.is_mutable
+    if isinstance(target, (torch._ops.OpOverloadPacket, torch._ops.HigherOrderOperator)):
+        return True
+    name = getattr(target, "__name__", "")
+    in_place_operator = getattr(target, "__module__", "") == "_operator" and (name[:1] == "i" or name == "setitem")
+    keywords = node.kwargs.get("inplace") or node.kwargs.get("out") is not None
+    return bool(
+        (in_place_operator and name not in ("invert", "index", "is_", "is_not", "itemgetter"))
+        or (name.endswith("_") and not name.endswith("__"))
+        or keywords
+        or any(argument is True for argument in node.args)
+    )
+
+
 def dimensions(node: object) -> int | None:
     """Returns the number of dimensions of a node's traced value, None if it was not recorded."""
     if not isinstance(node, Node):

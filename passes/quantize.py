@@ -32,8 +32,8 @@ class QuantizeLinears:
         next_s.copy_(quaff.update_smoothing_scale(detached, channels, w_absmax, s, 0.1))  # in training
         y = quaff.linear(x, x_int8, x_scale, x_outlier, w_int8, w_scale, w_outlier, bias, 127)
 
-    Linears that read the same x with the same outlier state share the first three lines; a static smoothing scale
-    (momentum 1) has no update. The activation is detached
+    Linears that read the same x with the same outlier state share the first three lines, unless something is edited in
+    place between them; a static smoothing scale (momentum 1) has no update. The activation is detached
     because its integers carry no gradient: `quaff.linear` has its own, dx = dy W, which needs neither s nor x.
     Runs after `NormalizeProducts`. A marker that something else reads (or a linear that reduces over the
     out-features) stays: it dequantizes and multiplies in float, which is right and slow, and is reported.
@@ -44,6 +44,8 @@ class QuantizeLinears:
         graph = graph_module.graph
         shared: dict[tuple[Argument, ...], list[Node]] = {}
         for node in list(graph.nodes):
+            if matching.may_mutate(node):
+                shared.clear()  # x may have changed, through an alias too
             operands = matching.linear_operands(node)
             if operands is None or not matching.is_call(operands[1], matching.DEQUANTIZE_WEIGHT):
                 continue

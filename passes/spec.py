@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import operator
+
 from quaff_fx.passes import matching, observe, quantize
 from quaff_fx.passes.infrastructure import subgraphs
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 from quaff_fx.errors import PassError
 
@@ -30,16 +32,26 @@ def check_quantized(graph_module: GraphModule) -> None:
     for graph in subgraphs(graph_module):
         for node in graph.graph.nodes:
             if matching.is_call(node, quantize.LINEAR):
-                x, *parts = node.args[:4]
-                sources = {part.args[0] for part in parts}
-                source = sources.pop()
-                if sources or not matching.is_call(source, quantize.QUANTIZE_ACTIVATION):
-                    raise PassError(f"{node}: reads parts of {len(sources) + 1} activations, expected one.")
-                detached, _, _, activation_max = source.args
-                if detached.args[0] is not x or activation_max != node.args[-1]:
-                    raise PassError(f"{node}: reads {source} of another activation or range, expected of its own x.")
+                _check_linear(node)
             operands = matching.linear_operands(node)
             if operands is not None and matching.is_call(operands[1], matching.DEQUANTIZE_WEIGHT):
                 raise PassError(f"{node}: multiplies a dequantized weight in float, expected {quantize.LINEAR}.")
             if matching.is_call(node, observe.OBSERVE, matching.OBSERVE_WEIGHT):
                 raise PassError(f"{node}: observes, expected no observer in a quantized graph.")
+
+
+def _check_linear(node: Node) -> None:
+    x, *parts = node.args[:4]
+    sources = set()
+    for index, part in enumerate(parts):
+        if not matching.is_call(part, operator.getitem) or part.args[1] != index:  # type: ignore[union-attr]
+            raise PassError(f"{node}: argument {index + 1} is {part}, expected part {index} of a quantized activation.")
+        sources.add(part.args[0])  # type: ignore[union-attr]
+    source = sources.pop()
+    if sources or not isinstance(source, Node) or not matching.is_call(source, quantize.QUANTIZE_ACTIVATION):
+        raise PassError(f"{node}: reads parts of {len(sources) + 1} activations, expected one.")
+    detached, _, _, activation_max = source.args
+    if not matching.is_call(detached, "detach") or detached.args[0] is not x:  # type: ignore[union-attr]
+        raise PassError(f"{node}: reads {source} of another activation, expected of its own x, detached.")
+    if activation_max != node.args[-1]:
+        raise PassError(f"{node}: reads {source} of range ±{activation_max}, expected ±{node.args[-1]}.")

@@ -104,7 +104,7 @@ def quantize_rows(x: Tensor, activation_max: int) -> tuple[Tensor, Tensor]:
     scale = absmax * (1.0 / activation_max)
     inverse = torch.where(finite & (absmax > 0), activation_max / absmax, 0.0)
     scaled = torch.where(finite.unsqueeze(1), x * inverse.unsqueeze(1), 0.0)
-    x_int8 = torch.round(scaled).clamp(-activation_max, activation_max).to(torch.int8)
+    x_int8 = torch.round(scaled).clamp(-activation_max, activation_max).to(torch.int8).contiguous()
     return x_int8, torch.where(finite, scale, torch.nan)
 
 

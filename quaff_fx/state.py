@@ -12,10 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from quaff_fx import numerics, ops
-from quaff_fx.errors import WeightError
+from quaff_fx.int8_weight import Int8Weight
 
 SLOT_PREFIX = "quaff_"
 """The state of parameter `weight` is the submodule `quaff_weight`."""
@@ -182,79 +181,6 @@ class QuantizedWeight(_KeepsFloat32):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.w_int8.device)).dtype
         return super()._apply(fn, recurse)
-
-
-class Int8Weight(Tensor):
-    """What eager code gets when it reads a quantized weight: it has no float data until something needs them.
-
-    Products that are a linear run in int8 (generation with a KV cache does not go through compiled blocks). Anything
-    else sees the dequantized weight. Editing it would be lost, so every way of editing raises `WeightError`: PEFT's
-    ``merge`` does ``weight.data += delta``, which on a rebuilt weight would change a temporary copy without an error.
-    """
-
-    _state: QuantizedWeight
-
-    @staticmethod
-    def __new__(cls, state: QuantizedWeight) -> Int8Weight:
-        """Makes a view of `state`; holds no data."""
-        n, k = state.w_int8.shape
-        view = Tensor._make_wrapper_subclass(
-            cls, (n, k) if state.in_dim == 1 else (k, n), dtype=state.dtype, device=state.w_int8.device
-        )
-        view._state = state
-        return view
-
-    def __repr__(self, *, tensor_contents: object = None) -> str:  # type: ignore[override]
-        return f"Int8Weight(shape={tuple(self.shape)}, dtype={self.dtype})"
-
-    @classmethod
-    def __torch_function__(
-        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if getattr(func, "__self__", None) is Tensor.data:
-            raise cls._edit_error(args[0])
-        if (operands := cls._linear_operands(func, args, kwargs or {})) is not None:
-            x, weight, bias = operands
-            return weight._state.linear(x, bias)
-        return super().__torch_function__(func, types, args, kwargs or {})  # type: ignore[no-untyped-call]
-
-    @classmethod
-    def __torch_dispatch__(  # type: ignore[override]
-        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if func._schema.is_mutable and isinstance(args[0], cls):
-            raise cls._edit_error(args[0])
-
-        def dequantized(weight: Int8Weight) -> Tensor:
-            matrix = weight._state.dequantized()
-            return matrix.t() if weight._state.in_dim == 0 else matrix
-
-        args, kwargs = pytree.tree_map_only(cls, dequantized, (args, kwargs or {}))
-        return func(*args, **kwargs)
-
-    @classmethod
-    def _linear_operands(
-        cls, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[Tensor, Int8Weight, Tensor | None] | None:
-        """The operands of a product that is a linear over the weight's in-features, None of anything else."""
-        if func is nn.functional.linear:
-            given = dict(zip(("input", "weight", "bias"), args, strict=False)) | kwargs
-            x, weight, bias, in_dim = given["input"], given["weight"], given.get("bias"), 1
-        elif func is torch.addmm and len(args) == 3 and not kwargs and args[0].ndim == 1:
-            bias, x, weight, in_dim = *args, 0
-        elif func in (torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm) and len(args) == 2:
-            x, weight, bias, in_dim = *args, None, 0
-        else:
-            return None
-        is_linear = isinstance(weight, cls) and not isinstance(x, cls) and weight._state.in_dim == in_dim
-        return (x, weight, bias) if is_linear else None
-
-    @staticmethod
-    def _edit_error(weight: Tensor) -> WeightError:
-        return WeightError(
-            f"weight of shape {tuple(weight.shape)}: is int8 and rebuilt at each read, expected no code that edits it "
-            "or takes its .data. Call quaff_fx.dequantize(model) first (before merging adapters, say)."
-        )
 
 
 _MARKED_CLASSES: dict[tuple[type[nn.Module], tuple[str, ...]], type[nn.Module]] = {}

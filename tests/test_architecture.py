@@ -25,6 +25,7 @@ ORDER = (
     "kernels.product",
     "ops",
     "decompositions",
+    "int8_weight",
     "state",
     "sites",
     "passes.infrastructure",
@@ -51,7 +52,8 @@ MAY_USE_PRIVATE_TORCH = {
     "decompositions": {"torch._inductor"},
     "backend": {"torch._dynamo", "torch._functorch", "torch._inductor"},
     "calls": {"torch._dynamo"},
-    "state": {"torch.utils._pytree"},
+    "int8_weight": {"torch._C", "torch.utils._pytree"},
+    "passes.matching": {"torch._ops"},
 }
 """The private modules that a file may touch; each is named in docs/architecture.md."""
 

@@ -1,0 +1,130 @@
+"""What eager code gets when it reads a quantized weight: products in int8, reads dequantized, edits refused."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from quaff_fx.errors import WeightError
+
+
+class LinearState(Protocol):
+    """What an `Int8Weight` needs of a `state.QuantizedWeight`."""
+
+    w_int8: nn.Parameter
+    in_dim: int
+    dtype: torch.dtype
+
+    def dequantized(self) -> Tensor:
+        """Returns the float weight (N, K)."""
+
+    def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """Returns x Wᵀ + bias through the int8 product."""
+
+
+class Int8Weight(Tensor):
+    """A quantized weight as eager code sees it; it has no float data until something needs them.
+
+    Products that are a linear run in int8 (generation with a KV cache does not go through compiled blocks). Anything
+    else sees the dequantized weight. Editing it would be lost, so every way of editing, through a view as well, raises
+    `WeightError`: PEFT's ``merge`` does ``weight.data += delta``, which would change a temporary copy without an error.
+    """
+
+    _state: LinearState
+
+    @staticmethod
+    def __new__(cls, state: LinearState) -> Int8Weight:
+        """Makes a view of `state`, in the layout of the original parameter."""
+        n, k = state.w_int8.shape
+        view = Tensor._make_wrapper_subclass(
+            cls, (n, k) if state.in_dim == 1 else (k, n), dtype=state.dtype, device=state.w_int8.device
+        )
+        view._state = state
+        return view
+
+    def __repr__(self, *, tensor_contents: object = None) -> str:  # type: ignore[override]
+        return f"Int8Weight(shape={tuple(self.shape)}, dtype={self.dtype})"
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__self__", None) is Tensor.data or (func is Tensor.__setitem__ and isinstance(args[0], cls)):
+            raise _edit_error(args[0])
+        if (operands := _linear_operands(func, args, kwargs)) is not None:
+            x, weight, bias = operands
+            return weight._state.linear(x, bias)
+        with torch._C.DisableTorchFunctionSubclass():  # results are plain tensors
+            return func(*args, **kwargs)
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        for argument, value in _arguments(func, args, kwargs):
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                for edited in pytree.tree_leaves(value):
+                    if isinstance(edited, cls):
+                        raise _edit_error(edited)
+        args, kwargs = pytree.tree_map_only(cls, _dequantized, (args, kwargs))
+        result = func(*args, **kwargs)
+        return result.as_subclass(ReadOnlyView) if func.is_view and isinstance(result, Tensor) else result
+
+
+class ReadOnlyView(Tensor):
+    """A view of a dequantized weight: reads as a plain tensor; an edit would be lost and raises `WeightError`."""
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        is_edit = (name.endswith("_") and not name.endswith("__")) or name in _EDITING_OPERATORS
+        if (is_edit and args and isinstance(args[0], cls)) or isinstance(kwargs.get("out"), cls):
+            raise _edit_error(kwargs["out"] if "out" in kwargs else args[0])
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **kwargs)
+
+
+_EDITING_OPERATORS = {"__setitem__", *(f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "floordiv", "pow"))}
+
+
+def _arguments(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tuple[Any, Any]]:
+    """The arguments of a call to an op, each with its entry in the op's schema."""
+    positional = zip(func._schema.arguments, args, strict=False)
+    return [*positional, *((entry, kwargs[entry.name]) for entry in func._schema.arguments if entry.name in kwargs)]
+
+
+def _dequantized(weight: Int8Weight) -> Tensor:
+    matrix = weight._state.dequantized()
+    return matrix.t() if weight._state.in_dim == 0 else matrix
+
+
+def _linear_operands(
+    func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Tensor, Int8Weight, Tensor | None] | None:
+    """The operands of a product that is a linear over the weight's in-features, None of anything else."""
+    if func is nn.functional.linear:
+        given = dict(zip(("input", "weight", "bias"), args, strict=False)) | kwargs
+        x, weight, bias, in_dim = given["input"], given["weight"], given.get("bias"), 1
+    elif func is torch.addmm and len(args) == 3 and not kwargs and args[0].ndim == 1:
+        bias, x, weight, in_dim = *args, 0
+    elif func in (torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm) and len(args) == 2:
+        x, weight, bias, in_dim = *args, None, 0
+    else:
+        return None
+    is_linear = isinstance(weight, Int8Weight) and not isinstance(x, Int8Weight) and weight._state.in_dim == in_dim
+    return (x, weight, bias) if is_linear else None
+
+
+def _edit_error(weight: Tensor) -> WeightError:
+    return WeightError(
+        f"weight of shape {tuple(weight.shape)}: is int8 and rebuilt at each read, expected no code that edits it "
+        "or takes its .data. Call quaff_fx.dequantize(model) first (before merging adapters, say)."
+    )
