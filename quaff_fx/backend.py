@@ -6,6 +6,7 @@ With `decompositions.py` and `calls.py` the only files of the package that touch
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -18,6 +19,7 @@ from torch._inductor.decomposition import select_decomp_table
 from torch.fx import GraphModule
 
 from quaff_fx import decompositions
+from quaff_fx.errors import QuaffWarning
 from quaff_fx.passes import pipeline
 from quaff_fx.passes.infrastructure import Change
 from quaff_fx.readable import readable
@@ -58,15 +60,23 @@ class ObserveBackend:
 
 
 class QuantizeBackend:
-    """Rewrites markers and linears into int8 linears and hands the graph to Inductor."""
+    """Rewrites markers and linears into int8 linears and hands the graph to Inductor; warns at the `limit`-th graph."""
 
-    def __init__(self, record: list[CompiledGraph]) -> None:
+    def __init__(self, record: list[CompiledGraph], limit: int) -> None:
         self.record = record
+        self.limit = limit
         decompositions.register()
 
     def __call__(self, graph_module: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         captured = readable(graph_module)
         result = pipeline.quantize(graph_module)
+        if sum(graph.stage == "quantize" for graph in self.record) + 1 == self.limit:
+            warnings.warn(
+                f"model: its blocks were compiled {self.limit} times, expected a few. From now on new shapes and "
+                "modes run eagerly: right, in int8, but slower. Print quaff_fx.graphs(model) to see what differs.",
+                QuaffWarning,
+                stacklevel=2,
+            )
         self.record.append(_compiled_graph("quantize", captured, result.graph_module, result.changes, example_inputs))
         # Neither the FX graph cache nor AOTAutograd's looks at decompositions; this entry goes into both keys.
         salt = {"unsafe_marked_cacheable_functions": {"quaff_fx.decompositions": decompositions.cache_salt()}}

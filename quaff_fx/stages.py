@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -43,7 +42,6 @@ class Stages:
         self.stage = "observe"
         self.steps = 0
         self.graphs: list[CompiledGraph] = []
-        self.convert_seconds = 0.0
         self._bar: tqdm[Any] | None = None
         for site in self.active_sites():
             weight = site.module._parameters[site.parameter]
@@ -105,9 +103,7 @@ class Stages:
     def convert(self) -> None:
         """Makes the observed weights int8 and swaps the backend; the next call of each block compiles it anew."""
         self._close_bar()
-        start = time.perf_counter()
         convert.convert(self.sites, self.config)
-        self.convert_seconds = time.perf_counter() - start
         self.stage = "quantize"
         self._install()
         if self.config.progress:
@@ -141,7 +137,9 @@ class Stages:
     def _install(self) -> None:
         """Installs the compiled calls of the current stage, each stage with graphs and a recompile limit of its own."""
         backend = (
-            ObserveBackend(self._threshold(), self.graphs) if self.stage == "observe" else QuantizeBackend(self.graphs)
+            ObserveBackend(self._threshold(), self.graphs)
+            if self.stage == "observe"
+            else QuantizeBackend(self.graphs, calls.RECOMPILE_LIMIT)
         )
         compiled = calls.compiled_call(backend)
         if self.blocks == [self.model]:

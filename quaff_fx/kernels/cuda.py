@@ -25,4 +25,4 @@ def int8_matmul(a_int8: Tensor, w_int8: Tensor, transpose_w: bool) -> Tensor:
     if inner % MULTIPLE or columns % MULTIPLE:
         w = torch.nn.functional.pad(w, (0, -columns % MULTIPLE, 0, -inner % MULTIPLE))
     accumulator: Tensor = torch._int_mm(a_int8, w)
-    return accumulator[:tokens, :columns]
+    return accumulator.narrow(0, 0, tokens).narrow(1, 0, columns)
