@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import gc
 import warnings
 import weakref
@@ -67,6 +69,7 @@ def convert(sites: Sequence[Site], config: QuaffConfig) -> None:
                 state.attach(site.module, state.states_of(site.module) | {site.parameter: quantized})
                 bar.update()
     _warn_of_held_weights(held)
+    _return_freed_memory()
 
 
 def _reason_not_read(site: Site) -> str:
@@ -138,6 +141,14 @@ def _sum_over_ranks(sites: Sequence[Site]) -> None:
             torch.distributed.all_reduce(tensor)
         torch.distributed.all_reduce(statistics.in_dim_seen, op=torch.distributed.ReduceOp.MAX)
         statistics.steps *= torch.distributed.get_world_size()
+
+
+def _return_freed_memory() -> None:
+    """Gives the memory of the float weights back to the system: an allocator keeps it among what is still in use."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    with contextlib.suppress(OSError, AttributeError):  # no glibc
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def _warn_of_held_weights(held: list[tuple[str, weakref.ref[Tensor]]]) -> None:
