@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from quaff_fx import numerics, ops, state
@@ -89,6 +89,20 @@ def in_features(site: Site) -> int:
     return site.shape[int(observed(site).in_dim_seen)]
 
 
+def check_whole(sites: Sequence[Site]) -> None:
+    """Raises `CalibrationError` if a float weight is sharded: its columns cannot be looked at from one rank."""
+    if not torch.distributed.is_available():
+        return
+    from torch.distributed.tensor import DTensor
+
+    for site in sites:
+        if isinstance(site.module._parameters.get(site.parameter), DTensor):
+            raise CalibrationError(
+                f"{site.weight_name}: is sharded while it is observed, expected a whole weight. Call "
+                "quaff_fx.calibrate(model, batches) before fully_shard; int8 weights can be sharded."
+            )
+
+
 def hit_count(site: Site, config: QuaffConfig) -> int:
     """How many channels of a site's input count as hits in a step when ranked by absmax; 0 before it was seen."""
     seen = int(observed(site).in_dim_seen)
@@ -158,12 +172,19 @@ def _warn_of_held_weights(held: list[tuple[str, weakref.ref[Tensor]]]) -> None:
     if not alive:
         return
     # By type, since isinstance would run the __class__ properties of every object there is.
-    optimizers = {type(o).__name__ for o in gc.get_objects() if issubclass(type(o), torch.optim.Optimizer)}
+    objects = gc.get_objects()
+    optimizers = [o for o in objects if issubclass(type(o), torch.optim.Optimizer)]
+    held_by_optimizers = {id(p) for o in optimizers for group in o.param_groups for p in group["params"]}
     size = sum(weight.numel() * weight.element_size() for _, weight in alive) / 2**20
-    holder = f" An optimizer ({', '.join(sorted(optimizers))}) may have been built over them." if optimizers else ""
+    holder = " Look for who holds them."
+    if any(id(weight) in held_by_optimizers for _, weight in alive):
+        names = ", ".join(sorted({type(o).__name__ for o in optimizers}))
+        holder = f" An optimizer ({names}) was built over them: give it only the parameters that require a gradient."
+    elif any(type(o) is nn.parallel.DistributedDataParallel for o in objects):
+        holder = " DistributedDataParallel keeps all that it was built over: calibrate before wrapping to free them."
     warnings.warn(
         f"{alive[0][0]} and {len(alive) - 1} more float weights: {size:.1f} MiB are still referenced after conversion, "
-        f"expected to be freed.{holder} Give the optimizer only the parameters that require a gradient.",
+        f"expected to be freed.{holder}",
         QuaffWarning,
         stacklevel=2,
     )

@@ -75,6 +75,7 @@ class Stages:
             CalibrationError: an activation was not finite (the statistics stay as they were), or the forward reached
                 none of the compiled modules (the model is given back as it was before `compile`).
         """
+        convert.check_whole(self.active_sites())
         observers = {site.weight_name: convert.observed(site) for site in self.active_sites()}
         for observer in observers.values():
             observer.start_step()

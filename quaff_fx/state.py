@@ -54,8 +54,10 @@ class ObservedWeight(_KeepsFloat32):
     def __init__(self, weight: Tensor, threshold: float) -> None:
         super().__init__()
         size = max(weight.shape)
-        for name in ("step_absmax", "step_count", "hits", "absmax_sum"):
+        for name in ("step_absmax", "step_count"):
             self.register_buffer(name, torch.zeros(size, device=weight.device), persistent=False)
+        # No buffers: DDP would overwrite what a rank has counted by the counts of rank 0 before each forward.
+        self.hits, self.absmax_sum = torch.zeros(2, size, device=weight.device)
         seen = torch.full((), ops.IN_DIM_UNSEEN, dtype=torch.int64, device=weight.device)
         self.register_buffer("in_dim_seen", seen, persistent=False)
         self.threshold = threshold
@@ -69,6 +71,11 @@ class ObservedWeight(_KeepsFloat32):
             weight, self.step_absmax, self.step_count, self.in_dim_seen
         )
         return marker
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        super()._apply(fn, recurse)
+        self.hits, self.absmax_sum = (tensor.to(self.step_absmax.device) for tensor in (self.hits, self.absmax_sum))
+        return self
 
     def start_step(self) -> None:
         """Forgets what a replayed or evaluated forward has written since the last step."""
