@@ -84,7 +84,7 @@ class Stages:
             self.uninstall()
             raise CalibrationError(
                 "forward: reached none of the compiled blocks, expected all. Nothing was changed. Call the model that "
-                "was given to compile, or choose scope='model'."
+                "was given to compile, or choose scope='model'; torch.compile must not be disabled."
             )
         finite = torch.stack([torch.isfinite(observer.step_absmax).all() for observer in observers.values()]).tolist()
         for name, is_finite in zip(observers, finite, strict=True):
