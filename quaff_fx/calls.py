@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import sys
+import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -13,6 +15,9 @@ from torch import nn
 
 RECOMPILE_LIMIT = 64
 """Graphs per stage before Dynamo gives up on a block; 8, the default, is used up by dynamic shapes and modes."""
+
+
+_numbers = itertools.count()
 
 
 def _call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -24,10 +29,13 @@ def compiled_call(backend: Callable[..., Any]) -> Callable[..., Any]:
     """Returns a function (module, args, kwargs) that runs a module's forward and hooks, compiled by `backend`.
 
     One such function serves every block of a model: blocks of one class share its compiled graphs, and its limit of
-    recompilations is its own.
+    recompilations is its own. So is its code object, by which Dynamo remembers the sizes that have varied: a model does
+    not get dynamic shapes because another one had them.
     """
+    name = f"{_call.__name__}_{next(_numbers)}"
+    own_call = types.FunctionType(_call.__code__.replace(co_name=name), _call.__globals__, name)
     compiled: Callable[..., Any] = torch.compile(  # type: ignore[call-overload]
-        _call, backend=backend, isolate_recompiles=True, recompile_limit=RECOMPILE_LIMIT
+        own_call, backend=backend, isolate_recompiles=True, recompile_limit=RECOMPILE_LIMIT
     )
     return compiled
 
