@@ -32,7 +32,7 @@ def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
     Raises:
         ShapeError: `weight` is not a floating matrix, or K is too long for an int32 accumulator.
 
-    Source: per-row absmax as in Quaff's equation 2, but per out-feature where the paper's code uses one scale per
+    Source: per-row absmax as in Quaff, but per out-feature where the paper's code uses one scale per
     tensor: the same int8 tensor then serves forward and backward.
     """
     if weight.ndim != 2 or not weight.is_floating_point():
@@ -64,7 +64,7 @@ def dequantize_weight(w_int8: Tensor, w_scale: Tensor, w_outlier: Tensor, outlie
 def smoothing_target(x_absmax: Tensor, w_absmax: Tensor) -> Tensor:
     """Returns β = max(1, sqrt(absmax x_i / absmax W_i)) for each outlier channel, (O,) float32.
 
-    A channel whose weights are all zero gets 1. Source: Quaff, equation 7; the paper's code floors at 1 as well.
+    A channel whose weights are all zero gets 1. Source: Quaff; the paper's code floors at 1 as well.
     """
     ratio = x_absmax.float() * _reciprocal(w_absmax.float())
     return ratio.sqrt().clamp(min=1.0)
@@ -73,7 +73,7 @@ def smoothing_target(x_absmax: Tensor, w_absmax: Tensor) -> Tensor:
 def updated_smoothing_scale(smoothing_scale: Tensor, target: Tensor, momentum: float) -> Tensor:
     """Returns γ s + (1 - γ) β, (O,) float32; keeps s where β is not finite, so that one bad batch is forgotten.
 
-    Source: Quaff, equation 8. `momentum` weighs the **old** value; the paper's code gives the new one 0.9.
+    Source: Quaff. `momentum` weighs the **old** value; the paper's code gives the new one 0.9.
     """
     return torch.where(torch.isfinite(target), momentum * smoothing_scale + (1.0 - momentum) * target, smoothing_scale)
 
@@ -114,7 +114,7 @@ def quantize_activation(
     """Returns the smoothed activation in int8, its scale per token, and the operand of the outlier correction.
 
     ``x̂ = x / s`` with s_i = 1 outside the outlier channels; ``x_outlier = x̂_O (s_O - 1) = x_O (1 - 1 / s_O)``. Then
-    ``y = x_scale w_scale (x_int8 w_int8ᵀ) + x_outlier W_Oᵀ`` equals x Wᵀ up to rounding (Quaff, equation 5).
+    ``y = x_scale w_scale (x_int8 w_int8ᵀ) + x_outlier W_Oᵀ`` equals x Wᵀ up to rounding (Quaff).
 
     Args:
         x: (T, K) floating point. outlier_channels: (O,) int64. smoothing_scale: (O,) float32, at least 1; infinite
