@@ -9,14 +9,16 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._inductor.compile_fx import compile_fx
+from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 from torch._inductor.decomposition import select_decomp_table
-from torch.fx import GraphModule
+from torch.fx import Graph, GraphModule
 
 from quaff_fx import decompositions
 from quaff_fx.errors import QuaffWarning
@@ -78,9 +80,29 @@ class QuantizeBackend:
                 stacklevel=2,
             )
         self.record.append(_compiled_graph("quantize", captured, result.graph_module, result.changes, example_inputs))
-        # Neither the FX graph cache nor AOTAutograd's looks at decompositions; this entry goes into both keys.
-        salt = {"unsafe_marked_cacheable_functions": {"quaff_fx.decompositions": decompositions.cache_salt()}}
-        return cast("Callable[..., Any]", compile_fx(result.graph_module, list(example_inputs), config_patches=salt))
+        patches = {
+            # Neither the FX graph cache nor AOTAutograd's looks at decompositions; this entry goes into both keys.
+            "unsafe_marked_cacheable_functions": {"quaff_fx.decompositions": decompositions.cache_salt()},
+            "post_grad_custom_pre_pass": _LoweringPasses(),
+        }
+        with _PARTITION:
+            run = compile_fx(result.graph_module, list(example_inputs), config_patches=patches)
+        return cast("Callable[..., Any]", run)
+
+
+class _LoweringPasses(CustomGraphPass):
+    """The passes of `pipeline.lower`, where Inductor runs them."""
+
+    def __call__(self, graph: Graph) -> None:
+        pipeline.lower(graph.owning_module)
+
+    def uuid(self) -> bytes:
+        return get_hash_for_files(tuple(str(path) for path in sorted(Path(str(pipeline.__file__)).parent.glob("*.py"))))
+
+
+# Normalized and gated activations, which adapters multiply in backward, are computed again from what is saved anyway:
+# one pointwise loop instead of a third of all saved activations. (Read in torch 2.13.)
+_PARTITION = torch._functorch.config.patch(ban_recompute_materialized_backward=False)
 
 
 def lower(graph_module: GraphModule, fake_inputs: Sequence[Any]) -> list[GraphModule]:
@@ -91,7 +113,7 @@ def lower(graph_module: GraphModule, fake_inputs: Sequence[Any]) -> list[GraphMo
     lowered: list[GraphModule] = []
 
     def keep(graph: GraphModule, _: Sequence[Any]) -> Callable[..., Any]:
-        lowered.append(graph)
+        lowered.append(pipeline.lower(graph).graph_module)
         return graph.forward
 
     decompositions.register()
@@ -103,7 +125,7 @@ def lower(graph_module: GraphModule, fake_inputs: Sequence[Any]) -> list[GraphMo
         partition_fn=min_cut_rematerialization_partition,
     )
     # Otherwise the backward graph is lowered when a backward first runs.
-    with torch._functorch.config.patch(force_non_lazy_backward_lowering=True):
+    with _PARTITION, torch._functorch.config.patch(force_non_lazy_backward_lowering=True):
         compile_lowered(graph_module, list(fake_inputs))
     return lowered
 

@@ -33,6 +33,7 @@ ORDER = (
     "passes.normalize",
     "passes.observe",
     "passes.quantize",
+    "passes.fold",
     "passes.spec",
     "passes.pipeline",
     "passes",
