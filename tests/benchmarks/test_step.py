@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import peers, step
+from benchmarks import peers, step, step_results, step_worker
 from tests.data import normal, planted_outliers, quaff_error_bound, quaff_output
 
 TOKENS = 24
@@ -21,7 +21,7 @@ def options(*words: str) -> list[str]:
 
 @pytest.fixture
 def adapted() -> tuple[nn.Module, list[torch.Tensor]]:
-    return step.adapted_model(step.parse_options(options()))
+    return step_worker.adapted_model(step.parse_options(options()))
 
 
 def needs_compiler(system: peers.System) -> bool:
@@ -46,11 +46,11 @@ class TestSystems:
         if reason is not None:
             pytest.skip(f"{system.name}: {reason}")
         model, batches = adapted
-        expected = step.Trainer(model, batches).step()[3]
-        model, batches = step.adapted_model(step.parse_options(options()))
+        expected = step_worker.Trainer(model, batches).step()[3]
+        model, batches = step_worker.adapted_model(step.parse_options(options()))
         trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
         with torch.compiler.set_stance("default" if needs_compiler(system) else "force_eager"):
-            trainer = step.Trainer(system.prepare(model), batches)
+            trainer = step_worker.Trainer(system.prepare(model), batches)
             for _ in range(2):
                 *_, loss = trainer.step()
                 # Random weights, hence a loss near that of guessing, whatever the weights' form.
@@ -64,7 +64,7 @@ class TestSystems:
         model, batches = adapted
         weights = sum(layer.base_layer.weight.numel() for layer in peers.adapted_layers(model))
         assert peers.frozen_bytes(model) == 4 * weights
-        trainer = step.Trainer(peers.quaff_eager(model), batches)
+        trainer = step_worker.Trainer(peers.quaff_eager(model), batches)
         trainer.step()
         # int8, and per layer 4 outlier columns with what belongs to them.
         outlier_values = sum(
@@ -174,13 +174,15 @@ class TestQuaffLinear:
         assert torch.equal(peers.int8_product(a, b), expected)
 
 
-def record(name: str, milliseconds: list[float], *, is_float32: bool = False) -> step.Record:
-    started = step.Started(1.5, 2**20, (step.Linear(8, 4, 16, True), step.Linear(8, 4, 16, False)))
+def record(name: str, milliseconds: list[float], *, is_float32: bool = False) -> step_results.Record:
+    started = step_worker.Started(
+        1.5, 2**20, 2**21, (step_worker.Linear(8, 4, 16, True), step_worker.Linear(8, 4, 16, False))
+    )
     turns = [
-        step.Turn((0.6 * ms / 1e3,), (0.3 * ms / 1e3,), (0.1 * ms / 1e3,), 500.0 + ms, 3.25, 0.002)
+        step_worker.Turn((0.6 * ms / 1e3,), (0.3 * ms / 1e3,), (0.1 * ms / 1e3,), 500.0 + ms, 3.25, 0.002)
         for ms in milliseconds
     ]
-    return step.Record(peers.System(name, peers.eager, is_float32=is_float32), started, turns)
+    return step_results.Record(peers.System(name, peers.eager, is_float32=is_float32), started, turns)
 
 
 class TestTable:
@@ -191,7 +193,7 @@ class TestTable:
     )
 
     def test_ratios_are_per_round_to_the_best_float32(self) -> None:
-        *_, row = step.table_rows(list(self.RECORDS), tokens=8)
+        *_, row = step_results.table_rows(list(self.RECORDS), tokens=8)
         assert row["step ms"] == pytest.approx(16)
         assert row["fastest ms"] == pytest.approx(10)
         assert row["forward ms"] == pytest.approx(0.6 * 16)
@@ -202,18 +204,18 @@ class TestTable:
         assert row["peak MiB"] == 520
 
     def test_printed(self) -> None:
-        *_, line = step.printed_table(step.table_rows(list(self.RECORDS), tokens=8)).splitlines()
-        cells = ["ours", "16", "10", "10", "5", "2", "500", "2.00", "(1.25-2.00)", "520", "1.0", "1.5", "3.2500"]
+        *_, line = step_results.printed_table(step_results.table_rows(list(self.RECORDS), tokens=8)).splitlines()
+        cells = ["ours", "16", "10", "10", "5", "2", "500", "2.00", "(1.25-2.00)", "520", "2", "1.0", "1.5", "3.2500"]
         assert line.split() == cells
 
     def test_operations_count_backward_only_where_there_is_one(self) -> None:
         assert self.RECORDS[2].gops == pytest.approx(2 * 3 * 16 * 8 * 4 / 16e-3 / 1e9)
 
     def test_footer_names_what_is_missing(self) -> None:
-        text = step.footer(list(self.RECORDS), {"other": "not installed"}, {}, step.parse_options([]))
+        text = step_results.footer(list(self.RECORDS), {"other": "not installed"}, {}, step.parse_options([]))
         assert text.endswith("\nNot run: other: not installed")
         assert "Ratios to float: median" in text
-        assert "Loss at step 15" in text
+        assert "Loss at step 16" in text
 
 
 class TestModel:
@@ -221,14 +223,14 @@ class TestModel:
         self, adapted: tuple[nn.Module, list[torch.Tensor]]
     ) -> None:
         model, batches = adapted
-        linears = step.frozen_linears(model, batches[0])
+        linears = step_worker.frozen_linears(model, batches[0])
         assert len(linears) == 2 * 7
         assert [linear.has_backward for linear in linears] == [False] * 3 + [True] * 11
         assert all(linear.tokens == TOKENS for linear in linears)
 
     def test_is_the_same_every_time(self, adapted: tuple[nn.Module, list[torch.Tensor]]) -> None:
         model, batches = adapted
-        again, same = step.adapted_model(step.parse_options(options()))
+        again, same = step_worker.adapted_model(step.parse_options(options()))
         assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
         assert all(torch.equal(a, b) for a, b in zip(batches, same, strict=True))
 
