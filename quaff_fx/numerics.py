@@ -50,6 +50,19 @@ def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
     return w_int8, w_scale
 
 
+def outlier_rows(columns: Tensor) -> Tensor:
+    """Returns the outlier columns of a weight, (N, O), as what is kept of them, (O, N), in 16 bits.
+
+    As they are if they have a 16-bit dtype, else in float16, whose rounding, 2^-11 of a value, is far below that of
+    the int8 weights beside them; in float32 if a value is beyond float16's largest.
+    """
+    rows = columns.detach().t().contiguous()
+    if rows.dtype.itemsize == 2:
+        return rows
+    is_in_range = rows.numel() == 0 or bool(rows.abs().amax() <= torch.finfo(torch.float16).max)
+    return rows.to(torch.float16 if is_in_range else torch.float32)
+
+
 def dequantize_weight(w_int8: Tensor, w_scale: Tensor, w_outlier: Tensor, outlier_channels: Tensor) -> Tensor:
     """Returns the float32 weight (N, K) ``w_int8 * w_scale[:, None]`` with the kept outlier columns in place.
 

@@ -152,7 +152,8 @@ def _linear(
     bias: Tensor | None,
     activation_max: int,
 ) -> Tensor:
-    y = _int8_product(x_int8, w_int8, False, x_scale, w_scale, x_outlier, w_outlier, bias, x.dtype, activation_max)
+    correction = (x_outlier, w_outlier.float())
+    y = _int8_product(x_int8, w_int8, False, x_scale, w_scale, *correction, bias, x.dtype, activation_max)
     return y.reshape(*x.shape[:-1], w_int8.shape[0])
 
 

@@ -127,7 +127,8 @@ class QuantizedWeight(_KeepsFloat32):
     """A frozen weight in int8, its scales, its outlier columns, and the state of the activation it multiplies.
 
     Attributes:
-        w_int8: (N, K) int8. w_scale: (N,) float32. w_outlier: (O, N) float32, row j is column ``outlier_channels[j]``.
+        w_int8: (N, K) int8. w_scale: (N,) float32. w_outlier: (O, N), row j is column ``outlier_channels[j]``, in 16
+            bits (`numerics.outlier_rows`).
         outliers: the `OutlierState` of its activation.
         in_dim: the dimension of the original parameter that the product reduces over: 1 for `nn.Linear`, 0 for Conv1D.
         activation_max: Q, 127 or 63. dtype: of the original parameter; follows `.to(dtype)`.
@@ -137,7 +138,7 @@ class QuantizedWeight(_KeepsFloat32):
         super().__init__()
         matrix = weight.detach() if in_dim == 1 else weight.detach().t()
         w_int8, w_scale = numerics.quantize_weight(matrix)
-        w_outlier = matrix.index_select(1, outliers.outlier_channels).float().t().contiguous()
+        w_outlier = numerics.outlier_rows(matrix.index_select(1, outliers.outlier_channels))
         self.w_int8 = nn.Parameter(w_int8, requires_grad=False)
         self.w_scale = nn.Parameter(w_scale, requires_grad=False)
         self.w_outlier = nn.Parameter(w_outlier, requires_grad=False)

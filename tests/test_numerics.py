@@ -85,6 +85,26 @@ def test_weight_too_long_for_int32_sums_is_refused_at_the_exact_limit() -> None:
             numerics.quantize_weight(torch.ones(1, 1).expand(shape))
 
 
+@pytest.mark.parametrize(
+    ("dtype", "kept"),
+    [(torch.float32, torch.float16), (torch.bfloat16, torch.bfloat16), (torch.float16, torch.float16)],
+)
+def test_outlier_columns_are_kept_in_16_bits(dtype: torch.dtype, kept: torch.dtype) -> None:
+    weight = normal(5, 7).to(dtype)
+    columns = numerics.outlier_rows(weight[:, [6, 0]])
+    assert columns.dtype == kept
+    assert columns.is_contiguous()
+    torch.testing.assert_close(columns.double(), weight[:, [6, 0]].t().double(), rtol=2.0**-11, atol=2.0**-25)
+
+
+def test_outlier_columns_beyond_float16_stay_in_float32() -> None:
+    weight = normal(5, 7)
+    weight[2, 6] = 70000.0
+    columns = numerics.outlier_rows(weight[:, [6, 0]])
+    assert torch.equal(columns, weight[:, [6, 0]].t())
+    assert numerics.outlier_rows(weight[:, :0]).shape == (0, 5)
+
+
 def test_dequantized_weight_has_its_outlier_columns_exactly() -> None:
     weight, channels = normal(5, 9, seed=0), torch.tensor([7, 0])
     w_int8, w_scale = numerics.quantize_weight(weight)
