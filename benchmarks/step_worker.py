@@ -262,7 +262,7 @@ def tensor_peak_bytes(run: Callable[[], object]) -> int:
     storages = {
         tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
         for tensor in gc.get_objects()
-        if issubclass(type(tensor), Tensor) and tensor.layout == torch.strided and not tensor.is_meta
+        if type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided and not tensor.is_meta
     }
     with torch.autograd.profiler.profile(profile_memory=True) as profiler:
         run()
