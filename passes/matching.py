@@ -12,8 +12,9 @@ from torch.fx.node import Argument
 from quaff_fx import ops  # noqa: F401  (defines torch.ops.quaff)
 
 OBSERVE_WEIGHT = torch.ops.quaff.observe_weight.default
+OBSERVE_INT8_WEIGHT = torch.ops.quaff.observe_int8_weight.default
 DEQUANTIZE_WEIGHT = torch.ops.quaff.dequantize_weight.default
-MARKERS = (OBSERVE_WEIGHT, DEQUANTIZE_WEIGHT)
+MARKERS = (OBSERVE_WEIGHT, OBSERVE_INT8_WEIGHT, DEQUANTIZE_WEIGHT)
 
 LINEAR = torch.nn.functional.linear
 _LINEARS = (LINEAR, torch.ops.aten.linear.default)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
 
 import torch
 from quaff_fx.passes import matching
 from quaff_fx.passes.infrastructure import Change, PassResult
-from torch.fx import GraphModule
+from torch.fx import Graph, GraphModule, Node
 
 OBSERVE = torch.ops.quaff.observe.default
 OBSERVE_OTHER_USE = torch.ops.quaff.observe_other_use.default
+WEIGHT_ONLY_LINEAR = torch.ops.quaff.weight_only_linear.default
 
 
 @dataclass(frozen=True)
@@ -25,8 +27,21 @@ class ObserveActivations:
         quaff.observe(x, step_absmax, step_count, in_dim_seen, 1, threshold)
         y = linear(x, p, bias)
 
+    A weight that was loaded as int8
+
+        w = quaff.observe_int8_weight(w_int8, w_scale, step_absmax, step_count, in_dim_seen, dtype)
+        y = linear(x, w, bias)
+
+    Becomes:
+
+        quaff.observe(x, step_absmax, step_count, in_dim_seen, 1, threshold)
+        y = quaff.weight_only_linear(x, w_int8, w_scale, bias)
+
+    which dequantizes anew in backward: with the marker, autograd would keep the float weight of every layer.
+
     Runs after `NormalizeProducts`. The graph computes what it did before. A weight that something else reads as well
-    (an embedding, a convolution) gets `quaff.observe_other_use` and stays in float.
+    (an embedding, a convolution) gets `quaff.observe_other_use` and stays in float. For that reader an int8 weight is
+    dequantized in plain operations; a linear over its out-features is such a reader.
 
     Attributes:
         threshold: counts values over this multiple of the mean absolute value; 0 counts nothing.
@@ -53,7 +68,34 @@ class ObserveActivations:
                     changes.append(Change(site, "observed"))
             marker.replace_all_uses_with(weight)
             graph.erase_node(marker)
+        for marker in [node for node in graph.nodes if matching.is_call(node, matching.OBSERVE_INT8_WEIGHT)]:
+            changes += self._observe_int8(graph, marker)
         return PassResult(graph_module, tuple(changes))
+
+    def _observe_int8(self, graph: Graph, marker: Node) -> list[Change]:
+        w_int8, w_scale, step_absmax, step_count, in_dim_seen, dtype = marker.args
+        site = matching.site_name(marker)
+        changes = []
+        for user, in_dim in matching_uses(marker):
+            with graph.inserting_before(user):
+                if in_dim != 1:
+                    graph.call_function(OBSERVE_OTHER_USE, (in_dim_seen,))
+                    changes.append(Change(site, "left alone", f"also used by {matching.describe_use(user)}"))
+                    continue
+                x, _, bias = user.args
+                graph.call_function(OBSERVE, (x, step_absmax, step_count, in_dim_seen, 1, float(self.threshold)))
+                linear = graph.call_function(WEIGHT_ONLY_LINEAR, (x, w_int8, w_scale, bias))
+            linear.meta = dict(user.meta)
+            user.replace_all_uses_with(linear)
+            graph.erase_node(user)
+            changes.append(Change(site, "observed"))
+        if marker.users:
+            with graph.inserting_before(marker):
+                scale = graph.call_method("unsqueeze", (w_scale, 1))
+                weight = graph.call_method("to", (graph.call_function(operator.mul, (w_int8, scale)), dtype))
+            marker.replace_all_uses_with(weight)
+        graph.erase_node(marker)
+        return changes
 
 
 def matching_uses(marker: torch.fx.Node) -> list[tuple[torch.fx.Node, int | None]]:

@@ -36,7 +36,7 @@ def check_quantized(graph_module: GraphModule) -> None:
             operands = matching.linear_operands(node)
             if operands is not None and matching.is_call(operands[1], matching.DEQUANTIZE_WEIGHT):
                 raise PassError(f"{node}: multiplies a dequantized weight in float, expected {quantize.LINEAR}.")
-            if matching.is_call(node, observe.OBSERVE, matching.OBSERVE_WEIGHT):
+            if matching.is_call(node, observe.OBSERVE, matching.OBSERVE_WEIGHT, matching.OBSERVE_INT8_WEIGHT):
                 raise PassError(f"{node}: observes, expected no observer in a quantized graph.")
 
 

@@ -10,6 +10,8 @@ if (_root / "passes" / "pipeline.py").is_file() and str(_root) not in __path__:
 from quaff_fx.api import calibrate as calibrate
 from quaff_fx.api import compile as compile
 from quaff_fx.api import dequantize as dequantize
+from quaff_fx.checkpoint import from_pretrained as from_pretrained
+from quaff_fx.checkpoint import load_checkpoint as load_checkpoint
 from quaff_fx.config import QuaffConfig as QuaffConfig
 from quaff_fx.errors import QuaffError as QuaffError
 from quaff_fx.errors import QuaffWarning as QuaffWarning

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from quaff_fx import calls
+from quaff_fx import calls, checkpoint
 from quaff_fx.config import QuaffConfig
 from quaff_fx.errors import CalibrationError, ConfigError
-from quaff_fx.sites import find_blocks, find_sites, mark_outside
+from quaff_fx.sites import check_loaded, choose_blocks, find_sites
 from quaff_fx.stages import ATTRIBUTE, Stages
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -27,7 +27,7 @@ def compile(model: Model, config: QuaffConfig | Mapping[str, Any] | None = None)
 
     Args:
         model: with some frozen weight matrices, usually a base model with a PEFT adapter.
-        config: a `QuaffConfig`, a mapping of its fields, or None for the defaults.
+        config: a `QuaffConfig`, a mapping of its fields, or None for the one it was loaded with, else the defaults.
 
     Raises:
         ConfigError: the config is wrong, the model has nothing to quantize, or is compiled already. The model is left
@@ -35,8 +35,10 @@ def compile(model: Model, config: QuaffConfig | Mapping[str, Any] | None = None)
     """
     if not isinstance(model, nn.Module):
         raise ConfigError(f"model: is a {type(model).__name__}, expected a torch.nn.Module. Pass the model itself.")
-    if config is None or isinstance(config, Mapping):
-        config = QuaffConfig(**(config or {}))
+    if config is None:
+        config = checkpoint.config_of(model) or QuaffConfig()
+    if isinstance(config, Mapping):
+        config = QuaffConfig(**config)
     if not isinstance(config, QuaffConfig):
         raise ConfigError(f"config: is a {type(config).__name__}, expected a QuaffConfig, a mapping or None. Pass one.")
     for name, module in model.named_modules():
@@ -51,9 +53,8 @@ def compile(model: Model, config: QuaffConfig | Mapping[str, Any] | None = None)
                 "quaff_fx.compile compiles it; leave torch.compile out."
             )
     sites = find_sites(model, config)
-    blocks = find_blocks(model, sites) if config.scope == "blocks" else []
-    if blocks:
-        mark_outside(sites, blocks)
+    blocks = choose_blocks(model, sites, config)
+    check_loaded(sites)
     setattr(model, ATTRIBUTE, Stages(model, config, sites, blocks or [model]))
     return model
 
@@ -71,7 +72,10 @@ def calibrate(model: Model, batches: Iterable[Any], *, forward: Callable[[Model,
     """
     stages = stages_of(model)
     if stages.stage != "observe":
-        raise CalibrationError("model: its weights are int8 already, expected float ones. Calibrate before training.")
+        raise CalibrationError(
+            "model: was calibrated before: its weights are int8 already, expected a model that is still observed. "
+            "Calibrate before training."
+        )
     run = forward or _forward
     was_training = model.training
     model.eval()
@@ -90,8 +94,9 @@ def calibrate(model: Model, batches: Iterable[Any], *, forward: Callable[[Model,
 def dequantize(model: Model) -> Model:
     """Gives `model` plain float weights again, in place, and takes the compiled calls away; returns the same object.
 
-    Before conversion the weights are the original ones; afterwards the int8 values times their scales, with the
-    outlier columns exact. Merge adapters or call `save_pretrained` after this.
+    Before conversion the weights are the original ones (the int8 values times their scales if they were loaded as
+    int8); afterwards the int8 values times their scales, with the outlier columns exact. Merge adapters or call
+    `save_pretrained` after this.
 
     Raises:
         ConfigError: the model was not compiled by quaff_fx.

@@ -20,26 +20,46 @@ from quaff_fx.errors import CalibrationError, QuaffWarning
 from quaff_fx.kernels import product
 from quaff_fx.ops import STATIC_MOMENTUM
 from quaff_fx.sites import Site
-from quaff_fx.state import ObservedWeight, OutlierState, QuantizedWeight
+from quaff_fx.state import LoadedWeight, ObservedWeight, OutlierState, QuantizedWeight
 
 
 def observed(site: Site) -> ObservedWeight:
     """Returns the statistics of a site that is being observed."""
     weight_state = state.states_of(site.module)[site.parameter]
-    assert isinstance(weight_state, ObservedWeight)
-    return weight_state
+    statistics = weight_state.observer if isinstance(weight_state, LoadedWeight) else weight_state
+    assert isinstance(statistics, ObservedWeight)
+    return statistics
+
+
+def loaded(site: Site) -> LoadedWeight | None:
+    """Returns the weight of a site that was loaded as int8, None of any other."""
+    weight_state = state.states_of(site.module).get(site.parameter)
+    return weight_state if isinstance(weight_state, LoadedWeight) else None
+
+
+def stop_observing(site: Site) -> None:
+    """Makes the weight of a site what it was before it was observed."""
+    if (int8 := loaded(site)) is not None:
+        int8.observer = None
+    else:
+        state.restore(site.module, site.parameter)
 
 
 def convert(sites: Sequence[Site], config: QuaffConfig) -> None:
     """Makes every observed site quantized, one by one, so that never more than one weight exists twice.
 
-    A site that no linear read gets its reason and its float weight back. Statistics are summed over all ranks of a
+    A site that no linear read gets its reason and the weight it had. Of a weight that was loaded as int8 only the
+    outlier columns are read, all of them before anything is changed. Statistics are summed over all ranks of a
     distributed run first, so that every rank chooses the same channels.
 
     Raises:
         CalibrationError: no linear read any of the sites; nothing is converted then.
+        CheckpointError: the file of a loaded weight has changed or vanished; nothing is converted then.
     """
     sites = [site for site in sites if not site.reason]
+    for int8 in map(loaded, sites):
+        if int8 is not None:
+            int8.source.check_unchanged()
     _sum_over_ranks(sites)
     reasons = {site.weight_name: _reason_not_read(site) for site in sites}
     if all(reasons.values()):
@@ -47,25 +67,28 @@ def convert(sites: Sequence[Site], config: QuaffConfig) -> None:
             f"model: none of its {len(sites)} frozen weights was read by a traced linear, expected at least one. "
             "Look at quaff_fx.graphs(model) to see what was captured."
         )
+    read = [site for site in sites if not reasons[site.weight_name]]
+    groups = _groups(read) if config.is_sharing else [[site] for site in read]
+    columns: dict[str, Tensor] = {}
+    outlier_states = [_outlier_state(group, config, columns) for group in groups]
     for site in sites:
         site.reason = reasons[site.weight_name]
         if site.reason:
-            state.restore(site.module, site.parameter)
-    sites = [site for site in sites if not site.reason]
+            stop_observing(site)
 
     held: list[tuple[str, weakref.ref[Tensor]]] = []
-    groups = _groups(sites) if config.is_sharing else [[site] for site in sites]
-    with tqdm(total=len(sites), desc="quaff_fx: converting", disable=not config.progress, leave=False) as bar:
-        for group in groups:
-            outliers = _outlier_state(group, config)
+    with tqdm(total=len(read), desc="quaff_fx: converting", disable=not config.progress, leave=False) as bar:
+        for group, outliers in zip(groups, outlier_states, strict=True):
+            q = product.activation_max(config.activation_bits, outliers.outlier_channels.device)
             for site in group:
-                weight = site.module._parameters[site.parameter]
-                assert weight is not None
-                held.append((site.weight_name, weakref.ref(weight)))
-                in_dim = int(observed(site).in_dim_seen)
-                q = product.activation_max(config.activation_bits, weight.device)
-                quantized = QuantizedWeight(weight, in_dim, outliers, q)
-                del weight
+                if (int8 := loaded(site)) is not None:
+                    quantized = QuantizedWeight.of_loaded(int8, columns.pop(site.weight_name), outliers, q)
+                else:
+                    weight = site.module._parameters[site.parameter]
+                    assert weight is not None
+                    held.append((site.weight_name, weakref.ref(weight)))
+                    quantized = QuantizedWeight(weight, int(observed(site).in_dim_seen), outliers, q)
+                    del weight
                 state.attach(site.module, state.states_of(site.module) | {site.parameter: quantized})
                 bar.update()
     _warn_of_held_weights(held)
@@ -78,6 +101,8 @@ def _reason_not_read(site: Site) -> str:
         return "no traced linear reads it"
     if seen == ops.IN_DIM_CONFLICT:
         return "not only linears over one dimension read it"
+    if loaded(site) is not None:
+        return ""
     weight = site.module._parameters[site.parameter]
     if weight is not None and not bool(torch.isfinite(weight).all()):
         return "weight has non-finite values"
@@ -86,27 +111,31 @@ def _reason_not_read(site: Site) -> str:
 
 def in_features(site: Site) -> int:
     """K of a site whose orientation was seen."""
+    if (int8 := loaded(site)) is not None:
+        return int8.w_int8.shape[1]
     return site.shape[int(observed(site).in_dim_seen)]
 
 
 def check_whole(sites: Sequence[Site]) -> None:
-    """Raises `CalibrationError` if a float weight is sharded: its columns cannot be looked at from one rank."""
+    """Raises `CalibrationError` if a weight is sharded before its conversion: one rank cannot see its columns."""
     if not torch.distributed.is_available():
         return
     from torch.distributed.tensor import DTensor
 
     for site in sites:
-        if isinstance(site.module._parameters.get(site.parameter), DTensor):
+        int8 = loaded(site)
+        weight = site.module._parameters.get(site.parameter) if int8 is None else int8.w_int8
+        if isinstance(weight, DTensor):
             raise CalibrationError(
                 f"{site.weight_name}: is sharded while it is observed, expected a whole weight. Call "
-                "quaff_fx.calibrate(model, batches) before fully_shard; int8 weights can be sharded."
+                "quaff_fx.calibrate(model, batches) before fully_shard; converted weights can be sharded."
             )
 
 
 def hit_count(site: Site, config: QuaffConfig) -> int:
     """How many channels of a site's input count as hits in a step when ranked by absmax; 0 before it was seen."""
-    seen = int(observed(site).in_dim_seen)
-    return numerics.outlier_count(site.shape[seen], config.budget_of(site.name)) if seen in (0, 1) else 0
+    is_seen = int(observed(site).in_dim_seen) in (0, 1)
+    return numerics.outlier_count(in_features(site), config.budget_of(site.name)) if is_seen else 0
 
 
 def _groups(sites: list[Site]) -> list[list[Site]]:
@@ -121,8 +150,10 @@ def _groups(sites: list[Site]) -> list[list[Site]]:
     return list(groups.values())
 
 
-def _outlier_state(group: list[Site], config: QuaffConfig) -> OutlierState:
+def _outlier_state(group: list[Site], config: QuaffConfig, columns: dict[str, Tensor]) -> OutlierState:
     """Chooses the outlier channels of one activation and their first smoothing scale.
+
+    Puts the columns (N, O) of weights that were loaded as int8, which a file has to be read for, into `columns`.
 
     A group's weight absmax is the geometric mean of its sites': the maximum would leave the site with the smallest
     weights (v_proj) too little smoothing, the minimum would give the others too much.
@@ -133,13 +164,17 @@ def _outlier_state(group: list[Site], config: QuaffConfig) -> OutlierState:
     budget = max(config.budget_of(site.name) for site in group)
     count = numerics.outlier_count(size, budget)
     channels = numerics.stable_outlier_channels(first.hits[:size], absmax, count)
-    columns = []
+    absmaxes = []
     for site in group:
+        if (int8 := loaded(site)) is not None:
+            columns[site.weight_name] = int8.columns(channels)
+            absmaxes.append(columns[site.weight_name].abs().amax(dim=0).float())
+            continue
         weight = site.module._parameters[site.parameter]
         assert weight is not None
         in_dim = int(observed(site).in_dim_seen)
-        columns.append(weight.detach().index_select(in_dim, channels).abs().amax(dim=1 - in_dim).float())
-    w_absmax = torch.stack(columns).log().mean(dim=0).exp()
+        absmaxes.append(weight.detach().index_select(in_dim, channels).abs().amax(dim=1 - in_dim).float())
+    w_absmax = torch.stack(absmaxes).log().mean(dim=0).exp()
     if config.smoothing == "split":
         return OutlierState(channels, w_absmax, torch.full_like(w_absmax, torch.inf), STATIC_MOMENTUM)
     target = numerics.smoothing_target(absmax.index_select(0, channels), w_absmax)

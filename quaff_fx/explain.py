@@ -12,7 +12,7 @@ from torch import nn
 from quaff_fx.api import stages_of
 from quaff_fx.kernels import product
 from quaff_fx.sites import Site
-from quaff_fx.state import ObservedWeight, QuantizedWeight
+from quaff_fx.state import LoadedWeight, ObservedWeight, QuantizedWeight, WeightState
 
 SHOWN_CHANNELS = 4
 
@@ -23,7 +23,8 @@ class Row:
 
     Attributes:
         name: of the module. weight: of the parameter. shape: of the weight.
-        stage: ``"int8"``, ``"observed"`` or ``"float"``.
+        stage: ``"int8"``, ``"observed"``, ``"observed (int8)"`` of a weight that was loaded as int8, ``"int8 weight"``
+            if such a one is left alone (the product is float), or ``"float"``.
         activation_bits: of its input, None in float. outlier_channels: the most stable first.
         bytes_before, bytes_after: of the weight and all that replaces it. reason: why it is left alone.
     """
@@ -97,14 +98,19 @@ class Explanation:
             before = _mib(sum(row.bytes_before for row in rows))
             shapes = {row.shape for row in rows}
             shape = "×".join(map(str, rows[0].shape)) if len(shapes) == 1 else "various"
-            table.append((name, shape, "float", "", before, before, reason))
+            after = _mib(sum(row.bytes_after for row in rows))
+            stages = {row.stage for row in rows}
+            stage = rows[0].stage if len(stages) == 1 else "various"
+            table.append((name, shape, stage, "", before, after, reason))
         headers = ("weight", "shape", "stage", "outlier channels", "MiB before", "after", "left alone because")
         return f"{tabulate(table, headers=headers)}\n{self.summary()}"
 
     def summary(self) -> str:
         """Returns the line under the table."""
         if self.stage == "observe":
-            return f"observing: {self.steps} of {self.calibration_steps} calibration steps done, all weights are float"
+            loaded = sum(row.stage == "observed (int8)" for row in self.rows)
+            weights = f"{loaded} weights were loaded as int8" if loaded else "all weights are float"
+            return f"observing: {self.steps} of {self.calibration_steps} calibration steps done, {weights}"
         int8 = sum(row.stage == "int8" for row in self.rows)
         ratio = self.bytes_after / max(1, self.bytes_before)
         return (
@@ -127,12 +133,16 @@ def explain(model: nn.Module) -> Explanation:
     )
 
 
-def _row(site: Site, weight: ObservedWeight | QuantizedWeight | None) -> Row:
+def _row(site: Site, weight: WeightState | None) -> Row:
     before = math.prod(site.shape) * site.dtype.itemsize
     if isinstance(weight, QuantizedWeight):
         channels = tuple(weight.outliers.outlier_channels.tolist())
         bits = 8 if weight.activation_max == 127 else 7
         return Row(site.name, site.weight_name, site.shape, "int8", bits, channels, before, weight.weight_bytes(), "")
+    if isinstance(weight, LoadedWeight):
+        stage = "int8 weight" if site.reason else "observed (int8)"
+        after = weight.weight_bytes()
+        return Row(site.name, site.weight_name, site.shape, stage, None, (), before, after, site.reason)
     stage = "observed" if isinstance(weight, ObservedWeight) else "float"
     return Row(site.name, site.weight_name, site.shape, stage, None, (), before, before, site.reason)
 

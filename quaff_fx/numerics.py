@@ -50,6 +50,11 @@ def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
     return w_int8, w_scale
 
 
+def dequantize_rows(w_int8: Tensor, w_scale: Tensor) -> Tensor:
+    """Returns ``w_int8 * w_scale[:, None]``, (N, K) float32, of w_int8 (N, K) int8 and w_scale (N,) float32."""
+    return w_int8 * w_scale.unsqueeze(1)
+
+
 def outlier_rows(columns: Tensor) -> Tensor:
     """Returns the outlier columns of a weight, (N, O), as what is kept of them, (O, N), in 16 bits.
 

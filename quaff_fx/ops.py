@@ -20,6 +20,10 @@ LIBRARY = torch.library.Library("quaff", "DEF")  # type: ignore[no-untyped-call]
 _SCHEMAS = {
     # markers
     "observe_weight": "(Tensor w, Tensor step_absmax, Tensor step_count, Tensor in_dim_seen) -> Tensor",
+    "observe_int8_weight": (
+        "(Tensor w_int8, Tensor w_scale, Tensor step_absmax, Tensor step_count, Tensor in_dim_seen, "
+        "ScalarType dtype) -> Tensor"
+    ),
     "dequantize_weight": (
         "(Tensor w_int8, Tensor w_scale, Tensor w_outlier, Tensor outlier_channels, Tensor outlier_w_absmax, "
         "Tensor smoothing_scale, Tensor next_smoothing_scale, float momentum, int activation_max, bool training, "
@@ -31,6 +35,7 @@ _SCHEMAS = {
         "float threshold) -> ()"
     ),
     "observe_other_use": "(Tensor(a!) in_dim_seen) -> ()",
+    "weight_only_linear": "(Tensor x, Tensor w_int8, Tensor w_scale, Tensor? bias) -> Tensor",
     # quantize
     "update_smoothing_scale": (
         "(Tensor x, Tensor outlier_channels, Tensor outlier_w_absmax, Tensor smoothing_scale, float momentum) -> Tensor"
@@ -76,6 +81,17 @@ def _observe_weight(w: Tensor, step_absmax: Tensor, step_count: Tensor, in_dim_s
     return w.clone()
 
 
+def _observe_int8_weight(
+    w_int8: Tensor,
+    w_scale: Tensor,
+    step_absmax: Tensor,
+    step_count: Tensor,
+    in_dim_seen: Tensor,
+    dtype: torch.dtype,
+) -> Tensor:
+    return numerics.dequantize_rows(w_int8, w_scale).to(dtype)
+
+
 def _dequantize_weight(
     w_int8: Tensor,
     w_scale: Tensor,
@@ -112,6 +128,28 @@ def _observe(
 
 def _observe_other_use(in_dim_seen: Tensor) -> None:
     in_dim_seen.fill_(IN_DIM_CONFLICT)
+
+
+def _weight_only_linear(x: Tensor, w_int8: Tensor, w_scale: Tensor, bias: Tensor | None) -> Tensor:
+    """The float weight lives as long as the product: backward builds it anew, so that none is kept between the two."""
+    weight = numerics.dequantize_rows(w_int8, w_scale).to(x.dtype)
+    return torch.nn.functional.linear(x, weight, bias).to(x.dtype)  # autocast reaches into custom ops
+
+
+def _save_for_weight_only_grad(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    _, w_int8, w_scale, _ = inputs
+    ctx.save_for_backward(w_int8, w_scale)
+
+
+def _weight_only_grad(ctx, grad_output: Tensor):  # type: ignore[no-untyped-def]
+    w_int8, w_scale = ctx.saved_tensors
+    needs_x, _, _, needs_bias = ctx.needs_input_grad
+    grad_input = grad_bias = None
+    if needs_x:
+        grad_input = grad_output @ numerics.dequantize_rows(w_int8, w_scale).to(grad_output.dtype)
+    if needs_bias:
+        grad_bias = tokens_of(grad_output).sum(dim=0)
+    return grad_input, None, None, grad_bias
 
 
 # --- quantize ----------------------------------------------------------------------------------------------------
@@ -216,6 +254,15 @@ def _fake_observe_weight(w: Tensor, step_absmax: Tensor, step_count: Tensor, in_
     return torch.empty_like(w)
 
 
+def _fake_weight_only_linear(x: Tensor, w_int8: Tensor, w_scale: Tensor, bias: Tensor | None) -> Tensor:
+    if x.shape[-1] != w_int8.shape[1]:
+        raise ShapeError(
+            f"quaff::weight_only_linear: x has {x.shape[-1]} features, expected {w_int8.shape[1]}, the in_features of "
+            "its weight. Pass an activation that fits."
+        )
+    return x.new_empty(*x.shape[:-1], w_int8.shape[0])
+
+
 def _fake_dequantize_weight(w_int8: Tensor, *state: object) -> Tensor:
     dtype = state[-1]
     assert isinstance(dtype, torch.dtype)
@@ -283,9 +330,11 @@ def _fake_int8_linear(
 
 for _name, _real, _fake in (
     ("observe_weight", _observe_weight, _fake_observe_weight),
+    ("observe_int8_weight", _observe_int8_weight, _fake_dequantize_weight),
     ("dequantize_weight", _dequantize_weight, _fake_dequantize_weight),
     ("observe", _observe, _fake_observe),
     ("observe_other_use", _observe_other_use, _fake_observe),
+    ("weight_only_linear", _weight_only_linear, _fake_weight_only_linear),
     ("update_smoothing_scale", _update_smoothing_scale, _fake_update_smoothing_scale),
     ("quantize_activation", _quantize_activation, _fake_quantize_activation),
     ("linear", _linear, _fake_linear),
@@ -296,3 +345,6 @@ for _name, _real, _fake in (
     torch.library.register_fake(f"quaff::{_name}", _fake, lib=LIBRARY)
 
 torch.library.register_autograd("quaff::linear", _linear_grad, setup_context=_save_for_linear_grad, lib=LIBRARY)
+torch.library.register_autograd(
+    "quaff::weight_only_linear", _weight_only_grad, setup_context=_save_for_weight_only_grad, lib=LIBRARY
+)

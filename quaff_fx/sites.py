@@ -11,6 +11,7 @@ from torch import nn
 from quaff_fx.config import QuaffConfig, matches
 from quaff_fx.errors import ConfigError
 from quaff_fx.numerics import INT32_MAX_REDUCTION
+from quaff_fx.state import LoadedWeight, states_of
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 DEVICES = ("cpu", "cuda")
@@ -40,8 +41,11 @@ class Site:
         return f"{self.name}.{self.parameter}" if self.name else self.parameter
 
 
-def find_sites(model: nn.Module, config: QuaffConfig) -> list[Site]:
+def find_sites(model: nn.Module, config: QuaffConfig, *, is_loading: bool = False) -> list[Site]:
     """Returns every matrix of the model that a linear could read, those to be left alone with their reason.
+
+    Args:
+        is_loading: the weights are still on the meta device: nothing is frozen, or lies where it will, yet.
 
     Raises:
         ConfigError: no frozen matrix is left to quantize, a pattern matches nothing, or the device is not supported.
@@ -54,12 +58,21 @@ def find_sites(model: nn.Module, config: QuaffConfig) -> list[Site]:
 
     sites = []
     for name, module in model.named_modules():
+        if isinstance(module, LoadedWeight):
+            continue
         for parameter, weight in module._parameters.items():
             if weight is None or weight.ndim < 2 or isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
                 continue
             site = Site(_model_name(name), parameter, module, tuple(weight.shape), weight.dtype)
-            site.reason = _reason_left_alone(site, weight, owners[id(weight)], config)
+            site.reason = _reason_left_alone(site, weight, owners[id(weight)], config, is_loading)
             sites.append(site)
+        for parameter, weight_state in states_of(module).items():
+            if isinstance(weight_state, LoadedWeight):
+                n, k = weight_state.w_int8.shape
+                shape = (n, k) if weight_state.in_dim == 1 else (k, n)
+                site = Site(_model_name(name), parameter, module, shape, weight_state.dtype)
+                site.reason = _reason_by_config(site, config)
+                sites.append(site)
     config.check_patterns([site.name for site in sites])
     _check_something_is_left(sites)
     return sites
@@ -71,20 +84,38 @@ def _model_name(name: str) -> str:
     return ".".join(parts)
 
 
-def _reason_left_alone(site: Site, weight: nn.Parameter, names: list[str], config: QuaffConfig) -> str:
-    if weight.requires_grad:
-        return "weight is trainable"
-    if weight.ndim != 2:
-        return f"weight has {weight.ndim} dimensions, a linear's has 2"
+def check_loaded(sites: list[Site]) -> None:
+    """Raises `ConfigError` if a weight that is int8 already is to be left alone: its float form is gone."""
+    for site in sites:
+        if site.reason and isinstance(states_of(site.module).get(site.parameter), LoadedWeight):
+            raise ConfigError(
+                f"{site.name}: was loaded as int8 but is {site.reason}, expected the same choice for loading and for "
+                "compile. Give both the same config."
+            )
+
+
+def _reason_by_config(site: Site, config: QuaffConfig) -> str:
     if not any(matches(site.name, pattern) for pattern in config.include):
         return "not included by the config"
     if any(matches(site.name, pattern) for pattern in config.exclude):
         return "excluded by the config"
+    return ""
+
+
+def _reason_left_alone(
+    site: Site, weight: nn.Parameter, names: list[str], config: QuaffConfig, is_loading: bool
+) -> str:
+    if weight.requires_grad and not is_loading:
+        return "weight is trainable"
+    if weight.ndim != 2:
+        return f"weight has {weight.ndim} dimensions, a linear's has 2"
+    if reason := _reason_by_config(site, config):
+        return reason
     if len(names) > 1:
         return f"tied to {next(name for name in names if name != site.weight_name)}"
     if weight.dtype not in DTYPES:
         return f"weight is {weight.dtype}, quantized are float32, bfloat16 and float16"
-    if weight.device.type not in DEVICES:
+    if weight.device.type not in DEVICES and not is_loading:
         return f"weight is on device {weight.device.type}, quantized are weights on {' and '.join(DEVICES)}"
     if 0 in weight.shape or max(weight.shape) > INT32_MAX_REDUCTION:
         return f"weight has shape {site.shape}, a side is empty or too long for int32 sums"
@@ -109,6 +140,14 @@ def _check_something_is_left(sites: list[Site]) -> None:
     raise ConfigError(
         f"model: has no frozen weight to quantize ({reasons}), expected at least one. Freeze some, or include them."
     )
+
+
+def choose_blocks(model: nn.Module, sites: list[Site], config: QuaffConfig) -> list[nn.Module]:
+    """Returns the blocks to compile in place, none with ``scope="model"``; gives sites outside them their reason."""
+    blocks = find_blocks(model, sites) if config.scope == "blocks" else []
+    if blocks:
+        mark_outside(sites, blocks)
+    return blocks
 
 
 def find_blocks(model: nn.Module, sites: list[Site]) -> list[nn.Module]:

@@ -15,7 +15,7 @@ from quaff_fx.backend import CompiledGraph, ObserveBackend, QuantizeBackend
 from quaff_fx.config import QuaffConfig
 from quaff_fx.errors import CalibrationError
 from quaff_fx.sites import Site
-from quaff_fx.state import ObservedWeight, OutlierState, QuantizedWeight
+from quaff_fx.state import LoadedWeight, ObservedWeight, OutlierState, QuantizedWeight, WeightState
 
 ATTRIBUTE = "_quaff"
 """A compiled model carries its `Stages` under this name."""
@@ -44,6 +44,10 @@ class Stages:
         self.graphs: list[CompiledGraph] = []
         self._bar: tqdm[Any] | None = None
         for site in self.active_sites():
+            loaded = self.weight_state(site)
+            if isinstance(loaded, LoadedWeight):
+                loaded.observe(self._threshold())
+                continue
             weight = site.module._parameters[site.parameter]
             assert weight is not None
             observer = ObservedWeight(weight, self._threshold())
@@ -81,7 +85,9 @@ class Stages:
             observer.start_step()
         result = forward()
         if not self.graphs:
-            self.uninstall()
+            for site in self.active_sites():
+                convert.stop_observing(site)
+            self._uninstall_calls()
             raise CalibrationError(
                 "forward: reached none of the compiled blocks, expected all. Nothing was changed. Call the model that "
                 "was given to compile, or choose scope='model'; torch.compile must not be disabled."
@@ -118,13 +124,17 @@ class Stages:
     def uninstall(self) -> None:
         """Gives the model back with plain float weights and uncompiled calls; dequantized if it was converted."""
         self._close_bar()
-        for site in self.active_sites():
-            state.restore(site.module, site.parameter)
+        for site in self.sites:
+            if self.weight_state(site) is not None:
+                state.restore(site.module, site.parameter)
+        self._uninstall_calls()
+
+    def _uninstall_calls(self) -> None:
         for module in (self.model, *self.blocks):
             calls.uninstall(module)
         delattr(self.model, ATTRIBUTE)
 
-    def weight_state(self, site: Site) -> ObservedWeight | QuantizedWeight | None:
+    def weight_state(self, site: Site) -> WeightState | None:
         """The state of a site's weight, None if it was left alone."""
         return state.states_of(site.module).get(site.parameter)
 

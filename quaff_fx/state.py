@@ -1,4 +1,4 @@
-"""What stands in the place of a frozen weight: observed, then quantized.
+"""What stands in the place of a frozen weight: loaded as int8 or observed, then quantized.
 
 A module that owns a frozen weight keeps its place in the model, its name and its class as a base class. Reading the
 weight calls the state's `read`, which emits a marker op with all the state as arguments (`docs/architecture.md`).
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from quaff_fx import numerics, ops
 from quaff_fx.int8_weight import Int8Weight
+from quaff_fx.stored_tensor import StoredTensor
 
 SLOT_PREFIX = "quaff_"
 """The state of parameter `weight` is the submodule `quaff_weight`."""
@@ -92,6 +93,71 @@ class ObservedWeight(_KeepsFloat32):
         self.steps += 1
 
 
+class LoadedWeight(_KeepsFloat32):
+    """A frozen weight that was made int8 while it was loaded: before and while its activation is observed.
+
+    Attributes:
+        w_int8: (N, K) int8. w_scale: (N,) float32.
+        in_dim: the dimension of the original parameter that the product reduces over: 1 for `nn.Linear`, 0 for Conv1D.
+        dtype: of the original parameter; follows `.to(dtype)`. loaded_dtype: what its values were rounded to.
+        source: where its float columns can be read again.
+        observer: the statistics of its activation, None while nothing observes.
+    """
+
+    observer: ObservedWeight | None
+
+    def __init__(self, w_int8: Tensor, w_scale: Tensor, in_dim: int, dtype: torch.dtype, source: StoredTensor) -> None:
+        super().__init__()
+        self.w_int8 = nn.Parameter(w_int8, requires_grad=False)
+        self.w_scale = nn.Parameter(w_scale, requires_grad=False)
+        self.in_dim = in_dim
+        self.dtype = self.loaded_dtype = dtype
+        self.source = source
+        self.observer = None
+
+    def observe(self, threshold: float) -> None:
+        """Starts to keep the statistics of the activation, over columns of `w_int8`."""
+        self.observer = ObservedWeight(self.w_int8, threshold)
+
+    def read(self, _: object = None) -> Tensor:
+        """Returns the weight in the layout of the original parameter: an `Int8Weight` in eager code, a marker for the
+        passes while being traced; plain operations if nothing observes.
+        """
+        if not torch.compiler.is_compiling():
+            return Int8Weight(self)
+        if self.observer is None:
+            weight = self.dequantized()
+        else:
+            seen = (self.observer.step_absmax, self.observer.step_count, self.observer.in_dim_seen)
+            weight = torch.ops.quaff.observe_int8_weight.default(self.w_int8, self.w_scale, *seen, self.dtype)
+        return weight.t() if self.in_dim == 0 else weight
+
+    def dequantized(self) -> Tensor:
+        """Returns the float weight (N, K)."""
+        return numerics.dequantize_rows(self.w_int8, self.w_scale).to(self.dtype)
+
+    def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """Returns x Wᵀ + bias, differentiable, with x in float: its outlier channels are not known yet."""
+        y: Tensor = torch.ops.quaff.weight_only_linear.default(x, self.w_int8, self.w_scale, bias)
+        return y
+
+    def columns(self, channels: Tensor) -> Tensor:
+        """Returns the float columns (N, O) from the file.
+
+        Raises:
+            CheckpointError: the file cannot be read or is not the one of before.
+        """
+        return self.source.columns(channels, self.in_dim, self.loaded_dtype)
+
+    def weight_bytes(self) -> int:
+        """Bytes of the weight itself, without the statistics."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in (self.w_int8, self.w_scale))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.w_int8.device)).dtype
+        return super()._apply(fn, recurse)
+
+
 class OutlierState(_KeepsFloat32):
     """The outlier channels of an activation and their smoothing scale, shared by the sites that read it.
 
@@ -135,17 +201,38 @@ class QuantizedWeight(_KeepsFloat32):
     """
 
     def __init__(self, weight: Tensor, in_dim: int, outliers: OutlierState, activation_max: int) -> None:
-        super().__init__()
         matrix = weight.detach() if in_dim == 1 else weight.detach().t()
-        w_int8, w_scale = numerics.quantize_weight(matrix)
-        w_outlier = numerics.outlier_rows(matrix.index_select(1, outliers.outlier_channels))
-        self.w_int8 = nn.Parameter(w_int8, requires_grad=False)
-        self.w_scale = nn.Parameter(w_scale, requires_grad=False)
-        self.w_outlier = nn.Parameter(w_outlier, requires_grad=False)
+        columns = matrix.index_select(1, outliers.outlier_channels)
+        w_int8, w_scale = (nn.Parameter(part, requires_grad=False) for part in numerics.quantize_weight(matrix))
+        self._fill(w_int8, w_scale, columns, in_dim, outliers, activation_max, weight.dtype)
+
+    @classmethod
+    def of_loaded(
+        cls, loaded: LoadedWeight, columns: Tensor, outliers: OutlierState, activation_max: int
+    ) -> QuantizedWeight:
+        """Returns what `loaded` becomes, its int8 values reused, with the outlier columns (N, O) in float."""
+        quantized = cls.__new__(cls)
+        quantized._fill(loaded.w_int8, loaded.w_scale, columns, loaded.in_dim, outliers, activation_max, loaded.dtype)
+        return quantized
+
+    def _fill(
+        self,
+        w_int8: nn.Parameter,
+        w_scale: nn.Parameter,
+        columns: Tensor,
+        in_dim: int,
+        outliers: OutlierState,
+        activation_max: int,
+        dtype: torch.dtype,
+    ) -> None:
+        super().__init__()
+        self.w_int8 = w_int8
+        self.w_scale = w_scale
+        self.w_outlier = nn.Parameter(numerics.outlier_rows(columns), requires_grad=False)
         self.outliers = outliers
         self.in_dim = in_dim
         self.activation_max = activation_max
-        self.dtype = weight.dtype
+        self.dtype = dtype
 
     def read(self, _: object = None) -> Tensor:
         """Returns the weight in the layout of the original parameter: a marker while traced, else an `Int8Weight`."""
@@ -191,6 +278,8 @@ class QuantizedWeight(_KeepsFloat32):
         return super()._apply(fn, recurse)
 
 
+WeightState = ObservedWeight | LoadedWeight | QuantizedWeight
+
 _MARKED_CLASSES: dict[tuple[type[nn.Module], tuple[str, ...]], type[nn.Module]] = {}
 
 
@@ -219,13 +308,13 @@ def _rebuild(base: type[nn.Module], names: tuple[str, ...]) -> nn.Module:
     return cls.__new__(cls)
 
 
-def states_of(module: nn.Module) -> dict[str, ObservedWeight | QuantizedWeight]:
+def states_of(module: nn.Module) -> dict[str, WeightState]:
     """Returns the state of each frozen weight that `module` owns, by parameter name."""
     names = getattr(type(module), "quaff_names", ())
     return {name: module._modules[SLOT_PREFIX + name] for name in names}  # type: ignore[misc]
 
 
-def attach(module: nn.Module, states: dict[str, ObservedWeight | QuantizedWeight]) -> None:
+def attach(module: nn.Module, states: dict[str, WeightState]) -> None:
     """Gives `module` exactly these states, by parameter name; an empty mapping gives it back its own class."""
     base = getattr(type(module), "quaff_base", type(module))
     for name in states_of(module):
@@ -234,15 +323,15 @@ def attach(module: nn.Module, states: dict[str, ObservedWeight | QuantizedWeight
     module.__class__ = _marked_class(base, tuple(sorted(states))) if states else base
     for name, state in states.items():
         module._modules[SLOT_PREFIX + name] = state.train(module.training)
-        if isinstance(state, QuantizedWeight):
+        if not isinstance(state, ObservedWeight):
             module._parameters.pop(name, None)
 
 
 def restore(module: nn.Module, name: str) -> None:
-    """Makes the weight `name` of `module` a plain float parameter again; dequantized if it was quantized."""
+    """Makes the weight `name` of `module` a plain float parameter again; dequantized if it was int8."""
     states = states_of(module)
     state = states.pop(name)
-    if isinstance(state, QuantizedWeight):
+    if not isinstance(state, ObservedWeight):
         weight = state.dequantized() if state.in_dim == 1 else state.dequantized().t().contiguous()
         attach(module, states)
         module.register_parameter(name, nn.Parameter(weight, requires_grad=False))

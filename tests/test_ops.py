@@ -111,6 +111,7 @@ def test_opcheck_of_int8_linear(tokens: int, transpose_w: bool, out_dtype: torch
 def test_opcheck_of_the_markers(dtype: torch.dtype) -> None:
     layer = Layer()
     torch.library.opcheck(Q.observe_weight.default, (layer.weight.to(dtype), *observer(24)))
+    torch.library.opcheck(Q.observe_int8_weight.default, (layer.w_int8, layer.w_scale, *observer(24), dtype))
     torch.library.opcheck(Q.dequantize_weight.default, layer.marker_arguments(dtype))
     torch.library.opcheck(Q.dequantize_weight.default, Layer(outliers=0).marker_arguments(dtype))
 
@@ -124,10 +125,42 @@ def test_opcheck_of_the_observers(tokens: int, threshold: float, dtype: torch.dt
     torch.library.opcheck(Q.observe_other_use.default, observer(1)[2:])
 
 
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("options", [{}, {"tokens": 0}, {"bias": False}], ids=["plain", "empty batch", "no bias"])
+def test_opcheck_of_the_weight_only_linear(options: dict[str, Any], dtype: torch.dtype) -> None:
+    layer = Layer(dtype=dtype, **options)
+    x = layer.x.requires_grad_()
+    bias = None if layer.bias is None else layer.bias.requires_grad_()
+    torch.library.opcheck(Q.weight_only_linear.default, (x, layer.w_int8, layer.w_scale, bias))
+
+
+def test_the_weight_only_linear_has_the_gradients_of_the_dequantized_one_and_keeps_no_float_weight() -> None:
+    layer = Layer()
+    x, bias = layer.x.unsqueeze(0).requires_grad_(), layer.bias.requires_grad_()  # type: ignore[union-attr]
+    saved: list[torch.dtype] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append((t.dtype, t.ndim)) or t, lambda t: t):
+        y = Q.weight_only_linear.default(x, layer.w_int8, layer.w_scale, bias)
+    assert saved == [(torch.int8, 2), (torch.float32, 1)]
+    weight = layer.w_int8 * layer.w_scale.unsqueeze(1)
+    expected = torch.nn.functional.linear(x, weight, bias)
+    dy = normal(*y.shape, seed=7)
+    assert torch.equal(y, expected)
+    torch.testing.assert_close(
+        torch.autograd.grad(y, (x, bias), dy), torch.autograd.grad(expected, (x, bias), dy), rtol=1e-6, atol=1e-6
+    )
+
+
+def test_a_weight_only_linear_refuses_an_x_that_does_not_fit() -> None:
+    layer = Layer()
+    with pytest.raises(ShapeError, match="x has 7 features, expected 24"), FakeTensorMode(allow_non_fake_inputs=True):
+        Q.weight_only_linear.default(torch.empty(2, 7), layer.w_int8, layer.w_scale, None)
+
+
 def test_every_op_is_checked_above() -> None:
     """A new op must be added to the checks, then to this list."""
     assert set(ops._SCHEMAS) == {
         *("observe_weight", "dequantize_weight", "observe", "observe_other_use", "update_smoothing_scale"),
+        *("observe_int8_weight", "weight_only_linear"),
         *("quantize_activation", "linear", "linear_grad_input", "int8_linear"),
     }
 

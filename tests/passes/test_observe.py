@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 from torch.nn import functional as F  # noqa: N812
 
-from quaff_fx import ops
+from quaff_fx import numerics, ops
 from tests.passes.tracing import changes_of, nodes, observed, observer_values, text, trace
 
 OBSERVE = torch.ops.quaff.observe.default
@@ -146,3 +146,70 @@ def test_twice_changes_nothing_and_the_same_graph_gives_the_same_text() -> None:
     assert text(second) == once
     assert pipeline.observe(first, 0.0).changes == ()
     assert text(first) == once
+
+
+# --- weights that were loaded as int8 ------------------------------------------------------------------------------
+
+
+def int8_graph_of(use: Callable[[Tensor, Tensor, Tensor], Any]) -> GraphModule:
+    def program(x: Any, p: Any, p_scale: Any, step_absmax: Any, step_count: Any, in_dim_seen: Any, bias: Any) -> Any:
+        seen = (step_absmax, step_count, in_dim_seen)
+        return use(x, torch.ops.quaff.observe_int8_weight.default(p, p_scale, *seen, torch.float32), bias)
+
+    return trace(program, bias=(4,))
+
+
+def int8_values() -> tuple[Tensor, ...]:
+    weight, *seen = observer_values(4, 4)
+    return *numerics.quantize_weight(weight), *seen
+
+
+def test_a_linear_with_an_int8_weight_is_observed_and_becomes_weight_only() -> None:
+    graph_module = int8_graph_of(lambda x, w, b: F.linear(x, w, b))
+    assert changes_of(ObserveActivations(7.0)(graph_module).changes) == ["p: observed"]
+    assert text(graph_module) == (
+        "observe_default = quaff.observe.default(x, step_absmax, step_count, in_dim_seen, 1, 7.0)\n"
+        "weight_only_linear_default = quaff.weight_only_linear.default(x, p, p_scale, bias)\n"
+        "return weight_only_linear_default"
+    )
+    once = text(graph_module)
+    assert pipeline.observe(graph_module, 7.0).changes == ()
+    assert text(graph_module) == once
+
+
+def test_an_int8_weight_in_the_layout_of_conv1d_is_observed() -> None:
+    graph_module = int8_graph_of(lambda x, w, b: torch.addmm(b, x, w.t()))
+    assert changes_of(pipeline.observe(graph_module, 0.0).changes) == ["p: normalized", "p: observed"]
+    assert "weight_only_linear" in text(graph_module)
+
+
+@pytest.mark.parametrize(
+    ("use", "name"),
+    [
+        (lambda x, w, b: F.embedding(x, w), "embedding"),
+        (lambda x, w, b: x @ w, "linear"),
+        (lambda x, w, b: w.norm(), "norm"),
+        (lambda x, w, b: w, "output"),
+        (lambda x, w, b: F.linear(w, w), "linear"),
+    ],
+    ids=["embedding", "over the out-features", "norm", "output", "both"],
+)
+def test_any_other_use_of_an_int8_weight_is_told_and_dequantized_in_plain_operations(use: Any, name: str) -> None:
+    graph_module = int8_graph_of(use)
+    told = [str(c) for c in pipeline.observe(graph_module, 0.0).changes if c.action != "normalized"]
+    assert told == [f"p: left alone (also used by {name})"]
+    assert "mul = p * unsqueeze;" in graph_module.code
+    assert len(nodes(graph_module, OTHER_USE)) == 1
+    once = text(graph_module)
+    assert pipeline.observe(graph_module, 0.0).changes == ()
+    assert text(graph_module) == once
+
+
+def test_an_int8_weight_read_by_a_linear_and_its_norm_serves_both() -> None:
+    graph_module = int8_graph_of(lambda x, w, b: F.linear(x, w, b) / w.norm())
+    x, values, bias = torch.randn(3, 4), int8_values(), torch.randn(4)
+    expected = graph_module(x, *values, bias)
+    pipeline.observe(graph_module, 0.0)
+    assert torch.equal(graph_module(x, *values, bias), expected)
+    assert torch.equal(values[2], x.abs().amax(dim=0))
+    assert int(values[4]) == ops.IN_DIM_CONFLICT
