@@ -131,9 +131,22 @@ def _observe_other_use(in_dim_seen: Tensor) -> None:
 
 
 def _weight_only_linear(x: Tensor, w_int8: Tensor, w_scale: Tensor, bias: Tensor | None) -> Tensor:
-    """The float weight lives as long as the product: backward builds it anew, so that none is kept between the two."""
-    weight = numerics.dequantize_rows(w_int8, w_scale).to(x.dtype)
-    return torch.nn.functional.linear(x, weight, bias).to(x.dtype)  # autocast reaches into custom ops
+    """The float weight exists in parts only, while they multiply: backward builds them anew."""
+    y = x.new_empty(*x.shape[:-1], w_int8.shape[0])
+    for part in _parts(w_int8.shape[0], w_int8.shape[1]):
+        weight = numerics.dequantize_rows(w_int8[part], w_scale[part]).to(x.dtype)
+        y[..., part] = torch.nn.functional.linear(x, weight, None if bias is None else bias[part])
+    return y
+
+
+def _parts(rows: int, columns: int) -> list[slice]:
+    """Slices of the rows of a matrix, each of about 2^18 elements.
+
+    Not for speed: the C library's heap is cut up by temporary tensors as large as a weight, and keeps the pieces. With
+    16 MiB weights a calibration step took as much memory as the float model.
+    """
+    count = max(1, 2**18 // max(1, columns))
+    return [slice(start, min(start + count, rows)) for start in range(0, rows, count)]
 
 
 def _save_for_weight_only_grad(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
@@ -146,7 +159,10 @@ def _weight_only_grad(ctx, grad_output: Tensor):  # type: ignore[no-untyped-def]
     needs_x, _, _, needs_bias = ctx.needs_input_grad
     grad_input = grad_bias = None
     if needs_x:
-        grad_input = grad_output @ numerics.dequantize_rows(w_int8, w_scale).to(grad_output.dtype)
+        grad_input = grad_output.new_empty(*grad_output.shape[:-1], w_int8.shape[1])
+        for part in _parts(w_int8.shape[1], w_int8.shape[0]):
+            weight = numerics.dequantize_rows(w_int8[:, part], w_scale).to(grad_output.dtype)
+            grad_input[..., part] = grad_output @ weight
     if needs_bias:
         grad_bias = tokens_of(grad_output).sum(dim=0)
     return grad_input, None, None, grad_bias
