@@ -40,7 +40,7 @@ class _Term:
 class FoldLowRankProducts:
     """Makes a low-rank product that is added to an int8 product part of its outlier correction.
 
-        y = quaff.int8_linear(x_int8, w_int8, False, x_scale, w_scale, x_outlier, w_outlier, bias, dtype, 127)
+        y = quaff.int8_linear(x_int8, w_int8, False, x_scale, w_scale, x_outlier, w_outlier, bias, dtype, 127, 1)
         z = aten.mm(h, b)  # (T, r) (r, N)
         out = aten.add(y, aten.mul(z, 2.0))
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import operator
 from dataclasses import dataclass
 
 import torch
 from quaff_fx.passes import matching
 from quaff_fx.passes.infrastructure import Change, PassResult
 from torch.fx import Graph, GraphModule, Node
+
+from quaff_fx import numerics
 
 OBSERVE = torch.ops.quaff.observe.default
 OBSERVE_OTHER_USE = torch.ops.quaff.observe_other_use.default
@@ -29,13 +30,13 @@ class ObserveActivations:
 
     A weight that was loaded as int8
 
-        w = quaff.observe_int8_weight(w_int8, w_scale, step_absmax, step_count, in_dim_seen, dtype)
+        w = quaff.observe_int8_weight(w_int8, w_scale, step_absmax, step_count, in_dim_seen, dtype, 64)
         y = linear(x, w, bias)
 
     Becomes:
 
         quaff.observe(x, step_absmax, step_count, in_dim_seen, 1, threshold)
-        y = quaff.weight_only_linear(x, w_int8, w_scale, bias)
+        y = quaff.weight_only_linear(x, w_int8, w_scale, bias, 64)
 
     which dequantizes anew in backward: with the marker, autograd would keep the float weight of every layer.
 
@@ -73,7 +74,7 @@ class ObserveActivations:
         return PassResult(graph_module, tuple(changes))
 
     def _observe_int8(self, graph: Graph, marker: Node) -> list[Change]:
-        w_int8, w_scale, step_absmax, step_count, in_dim_seen, dtype = marker.args
+        w_int8, w_scale, step_absmax, step_count, in_dim_seen, dtype, rotation = marker.args
         site = matching.site_name(marker)
         changes = []
         for user, in_dim in matching_uses(marker):
@@ -84,15 +85,15 @@ class ObserveActivations:
                     continue
                 x, _, bias = user.args
                 graph.call_function(OBSERVE, (x, step_absmax, step_count, in_dim_seen, 1, float(self.threshold)))
-                linear = graph.call_function(WEIGHT_ONLY_LINEAR, (x, w_int8, w_scale, bias))
+                linear = graph.call_function(WEIGHT_ONLY_LINEAR, (x, w_int8, w_scale, bias, rotation))
             linear.meta = dict(user.meta)
             user.replace_all_uses_with(linear)
             graph.erase_node(user)
             changes.append(Change(site, "observed"))
         if marker.users:
             with graph.inserting_before(marker):
-                scale = graph.call_method("unsqueeze", (w_scale, 1))
-                weight = graph.call_method("to", (graph.call_function(operator.mul, (w_int8, scale)), dtype))
+                rows = graph.call_function(numerics.dequantize_rows, (w_int8, w_scale, rotation))
+                weight = graph.call_method("to", (rows, dtype))
             marker.replace_all_uses_with(weight)
         graph.erase_node(marker)
         return changes

@@ -22,15 +22,17 @@ LINEAR = torch.ops.quaff.linear.default
 class QuantizeLinears:
     """Rewrites marker + linear into a quantized activation and `quaff.linear`.
 
-        w = quaff.dequantize_weight(w_int8, w_scale, w_outlier, channels, w_absmax, s, next_s, 0.1, 127, True, dtype)
+        w = quaff.dequantize_weight(
+            w_int8, w_scale, w_outlier, channels, w_absmax, s, next_s, 0.1, 127, True, dtype, 64
+        )
         y = linear(x, w, bias)
 
     Becomes:
 
         detached = x.detach()
-        x_int8, x_scale, x_outlier = quaff.quantize_activation(detached, channels, s, 127)
+        x_int8, x_scale, x_outlier = quaff.quantize_activation(detached, channels, s, 127, 64)
         next_s.copy_(quaff.update_smoothing_scale(detached, channels, w_absmax, s, 0.1))  # in training
-        y = quaff.linear(x, x_int8, x_scale, x_outlier, w_int8, w_scale, w_outlier, bias, 127)
+        y = quaff.linear(x, x_int8, x_scale, x_outlier, w_int8, w_scale, w_outlier, bias, 127, 64)
 
     Linears that read the same x with the same outlier state share the first three lines, unless something is edited in
     place between them; a static smoothing scale (momentum 1) has no update. The activation is detached
@@ -51,12 +53,12 @@ class QuantizeLinears:
                 continue
             x, marker, bias = operands
             assert isinstance(marker, Node)
-            w_int8, w_scale, w_outlier, channels, _, smoothing_scale, _, _, activation_max, _, _ = marker.args
-            key = (x, channels, smoothing_scale, activation_max)
+            w_int8, w_scale, w_outlier, channels, _, smoothing_scale, _, _, activation_max, _, _, rotation = marker.args
+            key = (x, channels, smoothing_scale, activation_max, rotation)
             with graph.inserting_before(node):
                 if key not in shared:
                     shared[key] = _quantize_activation(graph, x, marker)
-                arguments = (x, *shared[key], w_int8, w_scale, w_outlier, bias, activation_max)
+                arguments = (x, *shared[key], w_int8, w_scale, w_outlier, bias, activation_max, rotation)
                 linear = graph.call_function(LINEAR, arguments)
             linear.meta = dict(node.meta)
             node.replace_all_uses_with(linear)
@@ -73,11 +75,14 @@ class QuantizeLinears:
 
 def _quantize_activation(graph: Graph, x: Argument, marker: Node) -> list[Node]:
     """Inserts what the linears of one activation share; returns its integers, scale and outlier operand."""
-    _, _, _, channels, w_absmax, smoothing_scale, next_smoothing_scale, momentum, activation_max, training, _ = (
+    _, _, _, channels, w_absmax, smoothing_scale, next_smoothing_scale, momentum, activation_max, training, *_ = (
         marker.args
     )
+    rotation = marker.args[-1]
     detached = graph.call_method("detach", (x,))
-    quantized = graph.call_function(QUANTIZE_ACTIVATION, (detached, channels, smoothing_scale, activation_max))
+    quantized = graph.call_function(
+        QUANTIZE_ACTIVATION, (detached, channels, smoothing_scale, activation_max, rotation)
+    )
     parts = [
         graph.create_node("call_function", operator.getitem, (quantized, index), name=name)
         for index, name in enumerate(("x_int8", "x_scale", "x_outlier"))

@@ -24,7 +24,7 @@ def check_observed(graph_module: GraphModule) -> None:
 
 
 def check_quantized(graph_module: GraphModule) -> None:
-    """In a quantized graph every `quaff.linear` reads one quantized activation, of its own x, with its own Q.
+    """In a quantized graph every `quaff.linear` reads one activation, of its own x, quantized with its Q and rotation.
 
     Raises:
         PassError: it does not, or a marker is read by a linear that could have been rewritten.
@@ -50,8 +50,11 @@ def _check_linear(node: Node) -> None:
     source = sources.pop()
     if sources or not isinstance(source, Node) or not matching.is_call(source, quantize.QUANTIZE_ACTIVATION):
         raise PassError(f"{node}: reads parts of {len(sources) + 1} activations, expected one.")
-    detached, _, _, activation_max = source.args
+    detached, _, _, *numbers = source.args
     if not matching.is_call(detached, "detach") or detached.args[0] is not x:  # type: ignore[union-attr]
         raise PassError(f"{node}: reads {source} of another activation, expected of its own x, detached.")
-    if activation_max != node.args[-1]:
-        raise PassError(f"{node}: reads {source} of range ±{activation_max}, expected ±{node.args[-1]}.")
+    if tuple(numbers) != node.args[-2:]:
+        expected = "range ±{} and rotation {}".format(*node.args[-2:])
+        raise PassError(
+            f"{node}: reads {source} of range ±{numbers[0]} and rotation {numbers[1]}, expected {expected}."
+        )

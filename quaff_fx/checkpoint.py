@@ -157,7 +157,7 @@ def _load(model: nn.Module, files: list[Path], config: QuaffConfig, dtype: torch
         for target in bar:
             module, name = target.places[0]
             chosen_site = chosen.get((id(module), name))
-            if chosen_site is None or not _load_int8(chosen_site, target.stored, dtype):
+            if chosen_site is None or not _load_int8(chosen_site, target.stored, dtype, config):
                 _load_float(target, dtype)
     setattr(model, CONFIG_ATTRIBUTE, config)
 
@@ -173,7 +173,7 @@ def _load_float(target: _Target, dtype: torch.dtype | None) -> None:
             module._buffers[name] = value
 
 
-def _load_int8(site: Site, stored: StoredTensor, dtype: torch.dtype | None) -> bool:
+def _load_int8(site: Site, stored: StoredTensor, dtype: torch.dtype | None, config: QuaffConfig) -> bool:
     """Gives the site its weight in int8, read in parts; False if it must stay in float: not finite or not floating."""
     in_dim = _in_dim(site.module, site.parameter)
     assert in_dim is not None
@@ -181,15 +181,16 @@ def _load_int8(site: Site, stored: StoredTensor, dtype: torch.dtype | None) -> b
     if not dtype.is_floating_point:
         return False
     shape = (stored.shape[1 - in_dim], stored.shape[in_dim])
+    rotation = numerics.rotation_block(shape[1], config.largest_rotation)
     w_int8, w_scale = torch.empty(shape, dtype=torch.int8), torch.empty(shape[0])
     start = 0
     for rows in stored.rows(in_dim, dtype):
         part = slice(start, start + rows.shape[0])
-        w_int8[part], w_scale[part] = numerics.quantize_weight(rows)
+        w_int8[part], w_scale[part] = numerics.quantize_weight(rows, rotation)
         start += rows.shape[0]
     if not bool(torch.isfinite(w_scale).all()):
         return False
-    loaded = LoadedWeight(w_int8, w_scale, in_dim, dtype, stored)
+    loaded = LoadedWeight(w_int8, w_scale, in_dim, rotation, dtype, stored)
     state.attach(site.module, state.states_of(site.module) | {site.parameter: loaded})
     return True
 

@@ -31,6 +31,9 @@ class QuaffConfig:
             paper's code: 0.1; 1 keeps the scale of the calibration.
         activation_bits: 8 (integers in ±127), 7 (±63), or ``"auto"``: 7 only where the CPU's int8 product is slower
             or missing at 8 bits.
+        rotation: largest block of the Hadamard rotation of activations and weights before they are rounded, a power of
+            two; 1 is none. A site takes the largest that divides its in_features. None: 64 with ``smoothing="split"``;
+            none with ``"momentum"``, since the paper has none.
         share_activations: sites that read the same activation (q, k and v) share one outlier set, smoothing scale and
             quantized activation. None: where it costs no accuracy, that is with ``smoothing="split"``.
         include: patterns of module names whose frozen weights are quantized.
@@ -47,12 +50,13 @@ class QuaffConfig:
     """
 
     calibration_steps: int = 8
-    outlier_budget: float | Mapping[str, float] = 0.03
+    outlier_budget: float | Mapping[str, float] = 0.01
     outlier_rule: Literal["absmax_rank", "mean_multiple"] = "absmax_rank"
     outlier_threshold: float = 100.0
     smoothing: Literal["split", "momentum"] = "split"
     momentum: float = 0.1
     activation_bits: Literal["auto", 7, 8] = "auto"
+    rotation: int | None = None
     share_activations: bool | None = None
     include: tuple[str, ...] = ("*",)
     exclude: tuple[str, ...] = DEFAULT_EXCLUDE
@@ -84,6 +88,9 @@ class QuaffConfig:
         _check_range("momentum", self.momentum, 0.0, 1.0)
         _check_choice("activation_bits", self.activation_bits, ("auto", 7, 8))
         _check_choice("smoothing", self.smoothing, ("split", "momentum"))
+        if self.rotation is not None:
+            _check_type("rotation", self.rotation, int)
+            _check_choice("rotation", self.rotation, tuple(2**power for power in range(13)))
         if self.share_activations is not None:
             _check_type("share_activations", self.share_activations, bool)
         for name in ("include", "exclude"):
@@ -104,6 +111,13 @@ class QuaffConfig:
             if pattern != "*" and matches(name, pattern):
                 return float(budget)
         return float(self.outlier_budget.get("*", QuaffConfig.outlier_budget))  # type: ignore[arg-type]
+
+    @property
+    def largest_rotation(self) -> int:
+        """The largest block of the rotation: `rotation`, or what None stands for."""
+        if self.rotation is not None:
+            return self.rotation
+        return 64 if self.smoothing == "split" else 1
 
     @property
     def is_sharing(self) -> bool:

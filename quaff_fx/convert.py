@@ -87,7 +87,8 @@ def convert(sites: Sequence[Site], config: QuaffConfig) -> None:
                     weight = site.module._parameters[site.parameter]
                     assert weight is not None
                     held.append((site.weight_name, weakref.ref(weight)))
-                    quantized = QuantizedWeight(weight, int(observed(site).in_dim_seen), outliers, q)
+                    rotation = numerics.rotation_block(in_features(site), config.largest_rotation)
+                    quantized = QuantizedWeight(weight, int(observed(site).in_dim_seen), outliers, q, rotation)
                     del weight
                 state.attach(site.module, state.states_of(site.module) | {site.parameter: quantized})
                 bar.update()

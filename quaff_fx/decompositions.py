@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,9 +19,13 @@ from quaff_fx.kernels import cuda, product
 
 
 def _quantize_activation(
-    x: Tensor, outlier_channels: Tensor, smoothing_scale: Tensor, activation_max: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    return numerics.quantize_activation(ops.tokens_of(x), outlier_channels, smoothing_scale, activation_max)
+    x: Tensor, outlier_channels: Tensor, smoothing_scale: Tensor, activation_max: int, rotation: int
+) -> Any:
+    if rotation > 1 and x.device.type == "cpu":  # stays one op: its kernel rotates a row while it is in the cache
+        return torch.ops.quaff.quantize_rotated.default(
+            ops.tokens_of(x), outlier_channels, smoothing_scale, activation_max, rotation
+        )
+    return numerics.quantize_activation(ops.tokens_of(x), outlier_channels, smoothing_scale, activation_max, rotation)
 
 
 def register() -> None:

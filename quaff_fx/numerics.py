@@ -6,6 +6,8 @@ and inside a decomposition that Inductor fuses; none looks at tensor values in P
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -18,13 +20,13 @@ INT32_MAX_REDUCTION = (2**31 - 1) // (WEIGHT_MAX * 127)
 """Longest reduction whose int32 accumulator cannot overflow."""
 
 
-def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns int8 weight and scale per out-feature: ``W ≈ w_int8 * w_scale[:, None]``.
+def quantize_weight(weight: Tensor, rotation: int = 1) -> tuple[Tensor, Tensor]:
+    """Returns int8 weight and scale per out-feature: ``W ≈ w_int8 * w_scale[:, None]``, with W rotated along K.
 
     ``w_scale = absmax over K of each row / 127``, ``w_int8 = round(W / w_scale)``. A row of zeros has scale 0.
 
     Args:
-        weight: (N, K), floating point, finite.
+        weight: (N, K), floating point, finite. rotation: B of `rotate`.
 
     Returns:
         w_int8 (N, K) int8 in ±127; w_scale (N,) float32.
@@ -44,15 +46,52 @@ def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
             f"weight: has shape {tuple(weight.shape)}, expected at most {INT32_MAX_REDUCTION} features on a side. "
             "An int32 accumulator could overflow; exclude the layer."
         )
-    weight = weight.detach().float()
+    weight = rotate(weight.detach().float(), rotation)
     w_scale = weight.abs().amax(dim=1) / WEIGHT_MAX if weight.shape[1] else weight.new_zeros(weight.shape[0])
     w_int8 = torch.round(weight * _reciprocal(w_scale).unsqueeze(1)).clamp_(-WEIGHT_MAX, WEIGHT_MAX).to(torch.int8)
     return w_int8, w_scale
 
 
-def dequantize_rows(w_int8: Tensor, w_scale: Tensor) -> Tensor:
-    """Returns ``w_int8 * w_scale[:, None]``, (N, K) float32, of w_int8 (N, K) int8 and w_scale (N,) float32."""
-    return w_int8 * w_scale.unsqueeze(1)
+def dequantize_rows(w_int8: Tensor, w_scale: Tensor, rotation: int = 1) -> Tensor:
+    """Returns ``w_int8 * w_scale[:, None]`` rotated back, (N, K) float32.
+
+    Args:
+        w_int8: (N, K) int8. w_scale: (N,) float32. rotation: the block B that the weight was rotated with.
+    """
+    return rotate(w_int8 * w_scale.unsqueeze(1), rotation)
+
+
+def rotation_block(features: int, largest: int) -> int:
+    """Returns B, the largest power of two up to `largest` that divides `features`; 1 is no rotation."""
+    block = 1
+    while 2 * block <= largest and features % (2 * block) == 0:
+        block *= 2
+    return block
+
+
+def rotate(x: Tensor, block: int) -> Tensor:
+    """Returns x (..., K) with its features mixed by ``H_B ⊗ I``, H the orthogonal Sylvester-Hadamard matrix.
+
+    It is its own inverse. Feature i meets the B features ``i mod K/B + j K/B``, far from each other, so a kernel adds
+    up long vectors. An orthogonal matrix leaves ``x Wᵀ`` what it was when both are rotated; it spreads what is large in
+    one feature over B, so that a row's absmax, and with it the rounding error, falls. Source: the online Hadamard
+    transform of QuaRot (Ashkboos and others, NeurIPS 2024); here in blocks, and on every frozen linear.
+
+    Sums are taken in a fixed order, so that a row comes out the same in whatever batch it is.
+
+    Args:
+        x: (..., K) float32. block: B, a power of two that divides K; 1 returns x.
+    """
+    if block == 1:
+        return x
+    *leading, features = x.shape
+    x = x * (1.0 / math.sqrt(block))
+    length = features // block
+    while length < features:
+        first, second = x.reshape(*leading, features // (2 * length), 2, length).unbind(-2)
+        x = torch.stack([first + second, first - second], dim=-2)
+        length *= 2
+    return x.reshape(*leading, features)
 
 
 def outlier_rows(columns: Tensor) -> Tensor:
@@ -68,14 +107,16 @@ def outlier_rows(columns: Tensor) -> Tensor:
     return rows.to(torch.float16 if is_in_range else torch.float32)
 
 
-def dequantize_weight(w_int8: Tensor, w_scale: Tensor, w_outlier: Tensor, outlier_channels: Tensor) -> Tensor:
-    """Returns the float32 weight (N, K) ``w_int8 * w_scale[:, None]`` with the kept outlier columns in place.
+def dequantize_weight(
+    w_int8: Tensor, w_scale: Tensor, w_outlier: Tensor, outlier_channels: Tensor, rotation: int
+) -> Tensor:
+    """Returns the float32 weight (N, K) `dequantize_rows` with the kept outlier columns in place.
 
     Args:
         w_int8: (N, K) int8. w_scale: (N,) float32. w_outlier: (O, N), row j is column ``outlier_channels[j]`` of W.
-        outlier_channels: (O,) int64, distinct, in [0, K).
+        outlier_channels: (O,) int64, distinct, in [0, K). rotation: the block B that the weight was rotated with.
     """
-    weight = w_int8.float() * w_scale.unsqueeze(1)
+    weight = dequantize_rows(w_int8, w_scale, rotation)
     return weight.index_copy(1, outlier_channels, w_outlier.float().t())
 
 
@@ -127,28 +168,28 @@ def quantize_rows(x: Tensor, activation_max: int) -> tuple[Tensor, Tensor]:
 
 
 def quantize_activation(
-    x: Tensor, outlier_channels: Tensor, smoothing_scale: Tensor, activation_max: int
+    x: Tensor, outlier_channels: Tensor, smoothing_scale: Tensor, activation_max: int, rotation: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns the smoothed activation in int8, its scale per token, and the operand of the outlier correction.
+    """Returns the smoothed and rotated activation in int8, its scale per token, and the operand of the correction.
 
     ``x̂ = x / s`` with s_i = 1 outside the outlier channels; ``x_outlier = x̂_O (s_O - 1) = x_O (1 - 1 / s_O)``. Then
-    ``y = x_scale w_scale (x_int8 w_int8ᵀ) + x_outlier W_Oᵀ`` equals x Wᵀ up to rounding (Quaff).
+    ``y = x_scale w_scale (x_int8 w_int8ᵀ) + x_outlier W_Oᵀ`` equals x Wᵀ up to rounding (Quaff), x̂ and W rotated alike.
 
     Args:
         x: (T, K) floating point. outlier_channels: (O,) int64. smoothing_scale: (O,) float32, at least 1; infinite
             for channels that leave the int8 product altogether: x̂_i = 0 and x_outlier_i = x_i.
-        activation_max: Q, 127 or 63.
+        activation_max: Q, 127 or 63. rotation: B of `rotate`.
 
     Returns:
         x_int8 (T, K) int8 in ±Q; x_scale (T,) float32; x_outlier (T, O) float32.
     """
     x = x.float()
     if outlier_channels.shape[0] == 0:
-        return *quantize_rows(x, activation_max), x.new_zeros(x.shape[0], 0)
+        return *quantize_rows(rotate(x, rotation), activation_max), x.new_zeros(x.shape[0], 0)
     inverse = 1.0 / smoothing_scale
     smoothed = x * x.new_ones(x.shape[1]).index_copy(0, outlier_channels, inverse)
     x_outlier = x.index_select(1, outlier_channels) * (1.0 - inverse)
-    return *quantize_rows(smoothed, activation_max), x_outlier
+    return *quantize_rows(rotate(smoothed, rotation), activation_max), x_outlier
 
 
 def quantize_gradient(grad_output: Tensor, w_scale: Tensor, activation_max: int) -> tuple[Tensor, Tensor]:

@@ -22,12 +22,12 @@ _SCHEMAS = {
     "observe_weight": "(Tensor w, Tensor step_absmax, Tensor step_count, Tensor in_dim_seen) -> Tensor",
     "observe_int8_weight": (
         "(Tensor w_int8, Tensor w_scale, Tensor step_absmax, Tensor step_count, Tensor in_dim_seen, "
-        "ScalarType dtype) -> Tensor"
+        "ScalarType dtype, int rotation) -> Tensor"
     ),
     "dequantize_weight": (
         "(Tensor w_int8, Tensor w_scale, Tensor w_outlier, Tensor outlier_channels, Tensor outlier_w_absmax, "
         "Tensor smoothing_scale, Tensor next_smoothing_scale, float momentum, int activation_max, bool training, "
-        "ScalarType dtype) -> Tensor"
+        "ScalarType dtype, int rotation) -> Tensor"
     ),
     # observe
     "observe": (
@@ -35,23 +35,30 @@ _SCHEMAS = {
         "float threshold) -> ()"
     ),
     "observe_other_use": "(Tensor(a!) in_dim_seen) -> ()",
-    "weight_only_linear": "(Tensor x, Tensor w_int8, Tensor w_scale, Tensor? bias) -> Tensor",
+    "weight_only_linear": "(Tensor x, Tensor w_int8, Tensor w_scale, Tensor? bias, int rotation) -> Tensor",
     # quantize
     "update_smoothing_scale": (
         "(Tensor x, Tensor outlier_channels, Tensor outlier_w_absmax, Tensor smoothing_scale, float momentum) -> Tensor"
     ),
     "quantize_activation": (
-        "(Tensor x, Tensor outlier_channels, Tensor smoothing_scale, int activation_max) -> (Tensor, Tensor, Tensor)"
+        "(Tensor x, Tensor outlier_channels, Tensor smoothing_scale, int activation_max, int rotation) "
+        "-> (Tensor, Tensor, Tensor)"
     ),
     "linear": (
         "(Tensor x, Tensor x_int8, Tensor x_scale, Tensor x_outlier, Tensor w_int8, Tensor w_scale, Tensor w_outlier, "
-        "Tensor? bias, int activation_max) -> Tensor"
+        "Tensor? bias, int activation_max, int rotation) -> Tensor"
     ),
-    "linear_grad_input": "(Tensor grad_output, Tensor w_int8, Tensor w_scale, int activation_max) -> Tensor",
+    "linear_grad_input": (
+        "(Tensor grad_output, Tensor w_int8, Tensor w_scale, int activation_max, int rotation) -> Tensor"
+    ),
     # lower
+    "quantize_rotated": (
+        "(Tensor x, Tensor outlier_channels, Tensor smoothing_scale, int activation_max, int rotation) "
+        "-> (Tensor, Tensor, Tensor)"
+    ),
     "int8_linear": (
         "(Tensor a_int8, Tensor w_int8, bool transpose_w, Tensor? a_scale, Tensor? w_scale, Tensor? a_outlier, "
-        "Tensor? w_outlier, Tensor? bias, ScalarType out_dtype, int activation_max) -> Tensor"
+        "Tensor? w_outlier, Tensor? bias, ScalarType out_dtype, int activation_max, int rotation) -> Tensor"
     ),
 }
 
@@ -88,8 +95,9 @@ def _observe_int8_weight(
     step_count: Tensor,
     in_dim_seen: Tensor,
     dtype: torch.dtype,
+    rotation: int,
 ) -> Tensor:
-    return numerics.dequantize_rows(w_int8, w_scale).to(dtype)
+    return numerics.dequantize_rows(w_int8, w_scale, rotation).to(dtype)
 
 
 def _dequantize_weight(
@@ -104,8 +112,9 @@ def _dequantize_weight(
     activation_max: int,
     training: bool,
     dtype: torch.dtype,
+    rotation: int,
 ) -> Tensor:
-    return numerics.dequantize_weight(w_int8, w_scale, w_outlier, outlier_channels).to(dtype)
+    return numerics.dequantize_weight(w_int8, w_scale, w_outlier, outlier_channels, rotation).to(dtype)
 
 
 # --- observe -----------------------------------------------------------------------------------------------------
@@ -130,8 +139,9 @@ def _observe_other_use(in_dim_seen: Tensor) -> None:
     in_dim_seen.fill_(IN_DIM_CONFLICT)
 
 
-def _weight_only_linear(x: Tensor, w_int8: Tensor, w_scale: Tensor, bias: Tensor | None) -> Tensor:
+def _weight_only_linear(x: Tensor, w_int8: Tensor, w_scale: Tensor, bias: Tensor | None, rotation: int) -> Tensor:
     """The float weight exists in parts only, while they multiply: backward builds them anew."""
+    x = numerics.rotate(x.float(), rotation).to(x.dtype)
     y = x.new_empty(*x.shape[:-1], w_int8.shape[0])
     for part in _parts(w_int8.shape[0], w_int8.shape[1]):
         weight = numerics.dequantize_rows(w_int8[part], w_scale[part]).to(x.dtype)
@@ -150,22 +160,24 @@ def _parts(rows: int, columns: int) -> list[slice]:
 
 
 def _save_for_weight_only_grad(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    _, w_int8, w_scale, _ = inputs
+    _, w_int8, w_scale, _, rotation = inputs
     ctx.save_for_backward(w_int8, w_scale)
+    ctx.rotation = rotation
 
 
 def _weight_only_grad(ctx, grad_output: Tensor):  # type: ignore[no-untyped-def]
     w_int8, w_scale = ctx.saved_tensors
-    needs_x, _, _, needs_bias = ctx.needs_input_grad
+    needs_x, _, _, needs_bias, _ = ctx.needs_input_grad
     grad_input = grad_bias = None
     if needs_x:
         grad_input = grad_output.new_empty(*grad_output.shape[:-1], w_int8.shape[1])
         for part in _parts(w_int8.shape[1], w_int8.shape[0]):
             weight = numerics.dequantize_rows(w_int8[:, part], w_scale).to(grad_output.dtype)
             grad_input[..., part] = grad_output @ weight
+        grad_input = numerics.rotate(grad_input.float(), ctx.rotation).to(grad_output.dtype)
     if needs_bias:
         grad_bias = tokens_of(grad_output).sum(dim=0)
-    return grad_input, None, None, grad_bias
+    return grad_input, None, None, grad_bias, None
 
 
 # --- quantize ----------------------------------------------------------------------------------------------------
@@ -190,9 +202,9 @@ def _update_smoothing_scale(
 
 
 def _quantize_activation(
-    x: Tensor, outlier_channels: Tensor, smoothing_scale: Tensor, activation_max: int
+    x: Tensor, outlier_channels: Tensor, smoothing_scale: Tensor, activation_max: int, rotation: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return product.quantize_activation(tokens_of(x), outlier_channels, smoothing_scale, activation_max)
+    return product.quantize_activation(tokens_of(x), outlier_channels, smoothing_scale, activation_max, rotation)
 
 
 def _linear(
@@ -205,33 +217,37 @@ def _linear(
     w_outlier: Tensor,
     bias: Tensor | None,
     activation_max: int,
+    rotation: int,
 ) -> Tensor:
     correction = (x_outlier, w_outlier.float())
-    y = _int8_product(x_int8, w_int8, False, x_scale, w_scale, *correction, bias, x.dtype, activation_max)
+    y = _int8_product(x_int8, w_int8, False, x_scale, w_scale, *correction, bias, x.dtype, activation_max, 1)
     return y.reshape(*x.shape[:-1], w_int8.shape[0])
 
 
-def _linear_grad_input(grad_output: Tensor, w_int8: Tensor, w_scale: Tensor, activation_max: int) -> Tensor:
+def _linear_grad_input(
+    grad_output: Tensor, w_int8: Tensor, w_scale: Tensor, activation_max: int, rotation: int
+) -> Tensor:
     g_int8, g_scale = numerics.quantize_gradient(tokens_of(grad_output), w_scale, activation_max)
-    grad_input = _int8_product(g_int8, w_int8, True, g_scale, None, None, None, None, grad_output.dtype, activation_max)
+    epilogue = (g_scale, None, None, None, None, grad_output.dtype)
+    grad_input = _int8_product(g_int8, w_int8, True, *epilogue, activation_max, rotation)
     return grad_input.reshape(*grad_output.shape[:-1], w_int8.shape[1])
 
 
 def _save_for_linear_grad(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    _, _, _, _, w_int8, w_scale, _, _, activation_max = inputs
+    _, _, _, _, w_int8, w_scale, _, _, activation_max, rotation = inputs
     ctx.save_for_backward(w_int8, w_scale)
-    ctx.activation_max = activation_max
+    ctx.numbers = (activation_max, rotation)
 
 
 def _linear_grad(ctx, grad_output: Tensor):  # type: ignore[no-untyped-def]
     w_int8, w_scale = ctx.saved_tensors
-    needs_x, *_, needs_bias, _ = ctx.needs_input_grad
+    needs_x, *_, needs_bias, _, _ = ctx.needs_input_grad
     grad_input = grad_bias = None
     if needs_x:
-        grad_input = torch.ops.quaff.linear_grad_input.default(grad_output, w_int8, w_scale, ctx.activation_max)
+        grad_input = torch.ops.quaff.linear_grad_input.default(grad_output, w_int8, w_scale, *ctx.numbers)
     if needs_bias:
         grad_bias = tokens_of(grad_output).sum(dim=0)
-    return grad_input, None, None, None, None, None, None, grad_bias, None
+    return grad_input, None, None, None, None, None, None, grad_bias, None, None
 
 
 # --- lower -------------------------------------------------------------------------------------------------------
@@ -248,6 +264,7 @@ def _int8_linear(
     bias: Tensor | None,
     out_dtype: torch.dtype,
     activation_max: int,
+    rotation: int,
 ) -> Tensor:
     return product.int8_linear(
         a_int8,
@@ -260,6 +277,7 @@ def _int8_linear(
         w_outlier=w_outlier,
         bias=bias,
         out_dtype=out_dtype,
+        rotation=rotation,
     )
 
 
@@ -270,7 +288,7 @@ def _fake_observe_weight(w: Tensor, step_absmax: Tensor, step_count: Tensor, in_
     return torch.empty_like(w)
 
 
-def _fake_weight_only_linear(x: Tensor, w_int8: Tensor, w_scale: Tensor, bias: Tensor | None) -> Tensor:
+def _fake_weight_only_linear(x: Tensor, w_int8: Tensor, w_scale: Tensor, bias: Tensor | None, rotation: int) -> Tensor:
     if x.shape[-1] != w_int8.shape[1]:
         raise ShapeError(
             f"quaff::weight_only_linear: x has {x.shape[-1]} features, expected {w_int8.shape[1]}, the in_features of "
@@ -280,7 +298,7 @@ def _fake_weight_only_linear(x: Tensor, w_int8: Tensor, w_scale: Tensor, bias: T
 
 
 def _fake_dequantize_weight(w_int8: Tensor, *state: object) -> Tensor:
-    dtype = state[-1]
+    dtype = state[-2]
     assert isinstance(dtype, torch.dtype)
     return torch.empty_like(w_int8, dtype=dtype)
 
@@ -296,7 +314,7 @@ def _fake_update_smoothing_scale(
 
 
 def _fake_quantize_activation(
-    x: Tensor, outlier_channels: Tensor, smoothing_scale: Tensor, activation_max: int
+    x: Tensor, outlier_channels: Tensor, smoothing_scale: Tensor, activation_max: int, rotation: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     x = tokens_of(x)
     return (
@@ -316,6 +334,7 @@ def _fake_linear(
     w_outlier: Tensor,
     bias: Tensor | None,
     activation_max: int,
+    rotation: int,
 ) -> Tensor:
     if x.shape[-1] != w_int8.shape[1]:
         raise ShapeError(
@@ -325,7 +344,9 @@ def _fake_linear(
     return x.new_empty(*x.shape[:-1], w_int8.shape[0])
 
 
-def _fake_linear_grad_input(grad_output: Tensor, w_int8: Tensor, w_scale: Tensor, activation_max: int) -> Tensor:
+def _fake_linear_grad_input(
+    grad_output: Tensor, w_int8: Tensor, w_scale: Tensor, activation_max: int, rotation: int
+) -> Tensor:
     return grad_output.new_empty(*grad_output.shape[:-1], w_int8.shape[1])
 
 
@@ -340,6 +361,7 @@ def _fake_int8_linear(
     bias: Tensor | None,
     out_dtype: torch.dtype,
     activation_max: int,
+    rotation: int,
 ) -> Tensor:
     return a_int8.new_empty(a_int8.shape[0], w_int8.shape[1 if transpose_w else 0], dtype=out_dtype)
 
@@ -353,6 +375,7 @@ for _name, _real, _fake in (
     ("weight_only_linear", _weight_only_linear, _fake_weight_only_linear),
     ("update_smoothing_scale", _update_smoothing_scale, _fake_update_smoothing_scale),
     ("quantize_activation", _quantize_activation, _fake_quantize_activation),
+    ("quantize_rotated", _quantize_activation, _fake_quantize_activation),
     ("linear", _linear, _fake_linear),
     ("linear_grad_input", _linear_grad_input, _fake_linear_grad_input),
     ("int8_linear", _int8_linear, _fake_int8_linear),

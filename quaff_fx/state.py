@@ -99,6 +99,7 @@ class LoadedWeight(_KeepsFloat32):
     Attributes:
         w_int8: (N, K) int8. w_scale: (N,) float32.
         in_dim: the dimension of the original parameter that the product reduces over: 1 for `nn.Linear`, 0 for Conv1D.
+        rotation: the block B that `w_int8` is rotated with, along K (`numerics.rotate`).
         dtype: of the original parameter; follows `.to(dtype)`. loaded_dtype: what its values were rounded to.
         source: where its float columns can be read again.
         observer: the statistics of its activation, None while nothing observes.
@@ -106,11 +107,20 @@ class LoadedWeight(_KeepsFloat32):
 
     observer: ObservedWeight | None
 
-    def __init__(self, w_int8: Tensor, w_scale: Tensor, in_dim: int, dtype: torch.dtype, source: StoredTensor) -> None:
+    def __init__(
+        self,
+        w_int8: Tensor,
+        w_scale: Tensor,
+        in_dim: int,
+        rotation: int,
+        dtype: torch.dtype,
+        source: StoredTensor,
+    ) -> None:
         super().__init__()
         self.w_int8 = nn.Parameter(w_int8, requires_grad=False)
         self.w_scale = nn.Parameter(w_scale, requires_grad=False)
         self.in_dim = in_dim
+        self.rotation = rotation
         self.dtype = self.loaded_dtype = dtype
         self.source = source
         self.observer = None
@@ -129,16 +139,18 @@ class LoadedWeight(_KeepsFloat32):
             weight = self.dequantized()
         else:
             seen = (self.observer.step_absmax, self.observer.step_count, self.observer.in_dim_seen)
-            weight = torch.ops.quaff.observe_int8_weight.default(self.w_int8, self.w_scale, *seen, self.dtype)
+            weight = torch.ops.quaff.observe_int8_weight.default(
+                self.w_int8, self.w_scale, *seen, self.dtype, self.rotation
+            )
         return weight.t() if self.in_dim == 0 else weight
 
     def dequantized(self) -> Tensor:
         """Returns the float weight (N, K)."""
-        return numerics.dequantize_rows(self.w_int8, self.w_scale).to(self.dtype)
+        return numerics.dequantize_rows(self.w_int8, self.w_scale, self.rotation).to(self.dtype)
 
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """Returns x Wᵀ + bias, differentiable, with x in float: its outlier channels are not known yet."""
-        y: Tensor = torch.ops.quaff.weight_only_linear.default(x, self.w_int8, self.w_scale, bias)
+        y: Tensor = torch.ops.quaff.weight_only_linear.default(x, self.w_int8, self.w_scale, bias, self.rotation)
         return y
 
     def columns(self, channels: Tensor) -> Tensor:
@@ -197,14 +209,16 @@ class QuantizedWeight(_KeepsFloat32):
             bits (`numerics.outlier_rows`).
         outliers: the `OutlierState` of its activation.
         in_dim: the dimension of the original parameter that the product reduces over: 1 for `nn.Linear`, 0 for Conv1D.
+        rotation: the block B that `w_int8` and the activation are rotated with, along K (`numerics.rotate`).
         activation_max: Q, 127 or 63. dtype: of the original parameter; follows `.to(dtype)`.
     """
 
-    def __init__(self, weight: Tensor, in_dim: int, outliers: OutlierState, activation_max: int) -> None:
+    def __init__(self, weight: Tensor, in_dim: int, outliers: OutlierState, activation_max: int, rotation: int) -> None:
         matrix = weight.detach() if in_dim == 1 else weight.detach().t()
         columns = matrix.index_select(1, outliers.outlier_channels)
-        w_int8, w_scale = (nn.Parameter(part, requires_grad=False) for part in numerics.quantize_weight(matrix))
-        self._fill(w_int8, w_scale, columns, in_dim, outliers, activation_max, weight.dtype)
+        parts = numerics.quantize_weight(matrix, rotation)
+        w_int8, w_scale = (nn.Parameter(part, requires_grad=False) for part in parts)
+        self._fill(w_int8, w_scale, columns, in_dim, outliers, activation_max, rotation, weight.dtype)
 
     @classmethod
     def of_loaded(
@@ -212,7 +226,8 @@ class QuantizedWeight(_KeepsFloat32):
     ) -> QuantizedWeight:
         """Returns what `loaded` becomes, its int8 values reused, with the outlier columns (N, O) in float."""
         quantized = cls.__new__(cls)
-        quantized._fill(loaded.w_int8, loaded.w_scale, columns, loaded.in_dim, outliers, activation_max, loaded.dtype)
+        numbers = (activation_max, loaded.rotation, loaded.dtype)
+        quantized._fill(loaded.w_int8, loaded.w_scale, columns, loaded.in_dim, outliers, *numbers)
         return quantized
 
     def _fill(
@@ -223,6 +238,7 @@ class QuantizedWeight(_KeepsFloat32):
         in_dim: int,
         outliers: OutlierState,
         activation_max: int,
+        rotation: int,
         dtype: torch.dtype,
     ) -> None:
         super().__init__()
@@ -232,6 +248,7 @@ class QuantizedWeight(_KeepsFloat32):
         self.outliers = outliers
         self.in_dim = in_dim
         self.activation_max = activation_max
+        self.rotation = rotation
         self.dtype = dtype
 
     def read(self, _: object = None) -> Tensor:
@@ -256,16 +273,16 @@ class QuantizedWeight(_KeepsFloat32):
             self.activation_max,
             self.training,
             self.dtype,
+            self.rotation,
         )
         return weight
 
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """Returns x Wᵀ + bias through the int8 product, differentiable, with the smoothing scale as it is."""
         channels, s = self.outliers.outlier_channels, self.outliers.smoothing_scale
-        parts = torch.ops.quaff.quantize_activation.default(x.detach(), channels, s, self.activation_max)
-        y: Tensor = torch.ops.quaff.linear.default(
-            x, *parts, self.w_int8, self.w_scale, self.w_outlier, bias, self.activation_max
-        )
+        numbers = (self.activation_max, self.rotation)
+        parts = torch.ops.quaff.quantize_activation.default(x.detach(), channels, s, *numbers)
+        y: Tensor = torch.ops.quaff.linear.default(x, *parts, self.w_int8, self.w_scale, self.w_outlier, bias, *numbers)
         return y
 
     def weight_bytes(self) -> int:

@@ -82,8 +82,9 @@ def test_linears_of_the_blocks_are_int8_and_the_rest_is_what_was_saved(tmp_path)
         if not state.states_of(owner):
             assert torch.equal(model.get_parameter(name), parameter)
             continue
-        w_int8, w_scale = quaff_fx.numerics.quantize_weight(parameter)
         loaded = state.states_of(owner)["weight"]
+        assert loaded.rotation == (32 if "down_proj" in name else 16)  # the largest power of two in 96 and in 48
+        w_int8, w_scale = quaff_fx.numerics.quantize_weight(parameter, loaded.rotation)
         assert torch.equal(loaded.w_int8, w_int8)
         assert torch.equal(loaded.w_scale, w_scale)
     ids = token_ids()
@@ -261,7 +262,7 @@ def test_a_converted_weight_is_bit_for_bit_that_of_the_float_model(tmp_path, bui
     for name, weight in weights.items():
         owner, _, slot = name.rpartition(".")
         parameter = original.get_parameter(f"{owner}.{slot.removeprefix('quaff_')}")
-        expected = QuantizedWeight(parameter, weight.in_dim, weight.outliers, weight.activation_max)
+        expected = QuantizedWeight(parameter, weight.in_dim, weight.outliers, weight.activation_max, weight.rotation)
         for part in ("w_int8", "w_scale", "w_outlier"):
             assert torch.equal(getattr(weight, part), getattr(expected, part)), (name, part)
             assert getattr(weight, part).is_contiguous(), (name, part)
@@ -322,7 +323,8 @@ def test_dequantize_gives_plain_float_weights(tmp_path, steps):
     weight = model.base_model.model.model.layers[0].mlp.down_proj.base_layer.weight
     assert type(weight) is nn.Parameter
     expected = original.model.layers[0].mlp.down_proj.weight
-    assert (weight - expected).abs().max() <= expected.abs().max() / 127
+    # 8 bits of a normal row: its absmax is about 3 deviations, so a rounding error is 3 / 127 / sqrt(12) = 0.7 % of one.
+    assert (weight - expected).norm() <= expected.norm() * 0.01
     model.merge_and_unload()
 
 

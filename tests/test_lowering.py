@@ -24,7 +24,8 @@ def traced(device: str, op: str) -> str:
 
         weight = (fake(OUT, IN, dtype=torch.int8), fake(OUT))
         arguments = {
-            "quantize_activation": (fake(TOKENS, IN), fake(OUTLIERS, dtype=torch.int64), fake(OUTLIERS), 127),
+            "rotated": (fake(TOKENS, IN), fake(OUTLIERS, dtype=torch.int64), fake(OUTLIERS), 127, 4),
+            "quantize_activation": (fake(TOKENS, IN), fake(OUTLIERS, dtype=torch.int64), fake(OUTLIERS), 127, 1),
             "linear": (
                 fake(2, TOKENS // 2, IN),
                 fake(TOKENS, IN, dtype=torch.int8),
@@ -34,11 +35,14 @@ def traced(device: str, op: str) -> str:
                 fake(OUTLIERS, OUT),
                 fake(OUT),
                 127,
+                1,
             ),
-            "linear_grad_input": (fake(2, TOKENS // 2, OUT), *weight, 127),
+            "linear_grad_input": (fake(2, TOKENS // 2, OUT), *weight, 127, 1),
         }[op]
-        function = getattr(torch.ops.quaff, op).default
-        graph = make_fx(lambda *tensors: function(*tensors, arguments[-1]), decomposition_table=table)(*arguments[:-1])
+        function = getattr(torch.ops.quaff, "quantize_activation" if op == "rotated" else op).default
+        graph = make_fx(lambda *tensors: function(*tensors, *arguments[-2:]), decomposition_table=table)(
+            *arguments[:-2]
+        )
     return graph.code
 
 
@@ -64,6 +68,14 @@ def test_quantizing_an_activation_is_pointwise_aten(device):
     assert "quaff" not in code
     assert "torch.int8" in code
     assert "mm" not in code
+
+
+def test_a_rotated_activation_is_one_op_on_a_cpu_and_pointwise_aten_on_cuda():
+    assert traced("cpu", "rotated").count("torch.ops.quaff.quantize_rotated.default(") == 1
+    code = traced("cuda", "rotated")
+    assert "quaff" not in code
+    assert "mm" not in code
+    assert "torch.int8" in code
 
 
 def test_the_cache_salt_changes_with_the_sources(monkeypatch, tmp_path):

@@ -108,7 +108,7 @@ def test_outlier_columns_beyond_float16_stay_in_float32() -> None:
 def test_dequantized_weight_has_its_outlier_columns_exactly() -> None:
     weight, channels = normal(5, 9, seed=0), torch.tensor([7, 0])
     w_int8, w_scale = numerics.quantize_weight(weight)
-    result = numerics.dequantize_weight(w_int8, w_scale, weight[:, channels].t().contiguous(), channels)
+    result = numerics.dequantize_weight(w_int8, w_scale, weight[:, channels].t().contiguous(), channels, 1)
     assert torch.equal(result[:, channels], weight[:, channels])
     others = [1, 2, 3, 4, 5, 6, 8]
     expected = dequantized_rows(w_int8, w_scale)[:, others]
@@ -230,7 +230,7 @@ def test_quaff_is_the_linear_up_to_rounding(
 
     w_int8, w_scale = numerics.quantize_weight(weight)
     w_outlier = weight[:, channels].t()
-    x_int8, x_scale, x_outlier = numerics.quantize_activation(x, channels, s, limit)
+    x_int8, x_scale, x_outlier = numerics.quantize_activation(x, channels, s, limit, 1)
     assert (x_int8.dtype, x_scale.dtype, x_outlier.dtype) == (torch.int8, torch.float32, torch.float32)
     assert (x_int8.shape, x_scale.shape, x_outlier.shape) == (x.shape, (tokens,), (tokens, count))
     assert not x_int8.numel() or int(x_int8.abs().max()) <= limit
@@ -243,7 +243,7 @@ def test_quaff_is_the_linear_up_to_rounding(
 def test_smoothing_of_one_changes_nothing() -> None:
     x, channels = normal(3, 8, seed=4), torch.tensor([2, 5])
     plain_q, plain_scale = numerics.quantize_rows(x, 127)
-    q, scale, x_outlier = numerics.quantize_activation(x, channels, torch.ones(2), 127)
+    q, scale, x_outlier = numerics.quantize_activation(x, channels, torch.ones(2), 127, 1)
     assert torch.equal(q, plain_q)
     assert torch.equal(scale, plain_scale)
     assert torch.equal(x_outlier, torch.zeros(3, 2))
@@ -251,7 +251,7 @@ def test_smoothing_of_one_changes_nothing() -> None:
 
 def test_infinite_smoothing_takes_the_channel_out_of_the_integers() -> None:
     x, channels = planted_outliers(3, 8, [2, 5], 100.0, seed=4), torch.tensor([5, 2])
-    q, scale, x_outlier = numerics.quantize_activation(x, channels, torch.full((2,), math.inf), 127)
+    q, scale, x_outlier = numerics.quantize_activation(x, channels, torch.full((2,), math.inf), 127, 1)
     assert torch.equal(q[:, channels], torch.zeros(3, 2, dtype=torch.int8))
     assert torch.equal(x_outlier, x[:, channels])
     others = [0, 1, 3, 4, 6, 7]
@@ -267,7 +267,7 @@ def test_a_non_finite_token_stays_in_its_own_row(poison: float, channel: int, s:
     w_int8, w_scale = numerics.quantize_weight(weight)
 
     def output() -> Tensor:
-        parts = numerics.quantize_activation(x, channels, smoothing_scale, 127)
+        parts = numerics.quantize_activation(x, channels, smoothing_scale, 127, 1)
         return quaff_output(*parts, w_int8, w_scale, weight[:, channels].t())
 
     clean = output()
@@ -295,11 +295,11 @@ def test_quaff_beats_plain_int8_on_planted_outliers(limit: int, is_split: bool) 
 
     none = torch.empty(0, dtype=torch.int64)
     plain = quaff_output(
-        *numerics.quantize_activation(x, none, torch.empty(0), limit), w_int8, w_scale, torch.empty(0, 96)
+        *numerics.quantize_activation(x, none, torch.empty(0), limit, 1), w_int8, w_scale, torch.empty(0, 96)
     )
     target = numerics.smoothing_target(x[:, channels].abs().amax(dim=0), weight[:, channels].abs().amax(dim=0))
     s = torch.full((4,), math.inf) if is_split else target
-    parts = numerics.quantize_activation(x, channels, s, limit)
+    parts = numerics.quantize_activation(x, channels, s, limit, 1)
     quaff = quaff_output(*parts, w_int8, w_scale, weight[:, channels].t())
 
     margin = numerics.sqnr_db(exact, quaff) - numerics.sqnr_db(exact, plain)
@@ -406,3 +406,52 @@ def test_sqnr_in_decibel() -> None:
     reference = torch.tensor([3.0, 4.0])
     assert numerics.sqnr_db(reference, reference + torch.tensor([0.3, 0.4])) == pytest.approx(20.0, abs=1e-4)
     assert numerics.sqnr_db(reference, reference) == math.inf
+
+
+class TestRotation:
+    @pytest.mark.parametrize("block", [1, 2, 8, 64])
+    def test_the_matrix_is_symmetric_and_orthogonal(self, block: int) -> None:
+        h = numerics.rotate(torch.eye(block), block)
+        assert torch.equal(h, h.t())
+        torch.testing.assert_close(h @ h, torch.eye(block), rtol=0, atol=1e-6)
+        torch.testing.assert_close(h.abs(), torch.full((block, block), 1 / math.sqrt(block)), rtol=0, atol=1e-7)
+
+    def test_it_is_sylvesters(self) -> None:
+        assert numerics.rotate(torch.eye(4), 4).mul(2).tolist() == [
+            [1, 1, 1, 1],
+            [1, -1, 1, -1],
+            [1, 1, -1, -1],
+            [1, -1, -1, 1],
+        ]
+
+    def test_a_row_comes_out_the_same_in_any_batch(self) -> None:
+        x = normal(33, 576, seed=5)
+        assert torch.equal(numerics.rotate(x, 64)[7:9], numerics.rotate(x[7:9], 64))
+
+    def test_features_that_meet_lie_far_apart(self) -> None:
+        x = torch.zeros(1, 12)
+        x[0, 1] = 2.0
+        assert numerics.rotate(x, 4).flatten().nonzero().flatten().tolist() == [1, 4, 7, 10]
+
+    @pytest.mark.parametrize("shape", [(5, 96), (2, 3, 96), (0, 96)])
+    def test_it_is_its_own_inverse_and_leaves_products(self, shape: tuple[int, ...]) -> None:
+        x, w = normal(*shape, seed=1), normal(7, 96, seed=2)
+        rotated = numerics.rotate(x, 32)
+        torch.testing.assert_close(numerics.rotate(rotated, 32), x, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(rotated @ numerics.rotate(w, 32).t(), x @ w.t(), rtol=1e-4, atol=1e-4)
+
+    @pytest.mark.parametrize(("features", "largest", "block"), [(576, 64, 64), (96, 64, 32), (97, 64, 1), (64, 1, 1)])
+    def test_the_block_divides_the_features(self, features: int, largest: int, block: int) -> None:
+        assert numerics.rotation_block(features, largest) == block
+
+    def test_an_activation_without_stable_outliers_gains_ten_decibels(self) -> None:
+        """A different large channel in each token, as behind a gated activation: no set of channels helps there."""
+        x = normal(64, 256, seed=3)
+        x[torch.arange(64), torch.arange(64) * 4] *= 40
+        none = torch.empty(0, dtype=torch.int64)
+
+        def error(rotation: int) -> float:
+            x_int8, x_scale, _ = numerics.quantize_activation(x, none, torch.empty(0), 127, rotation)
+            return numerics.sqnr_db(x, numerics.dequantize_rows(x_int8, x_scale, rotation))
+
+        assert error(64) > error(1) + 10

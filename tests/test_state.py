@@ -46,7 +46,7 @@ def frozen(module: nn.Module, seed: int = 0, dtype: torch.dtype = torch.float32)
 
 
 def quantize(module: nn.Module, in_dim: int = 1, outliers: OutlierState | None = None, q: int = 127) -> QuantizedWeight:
-    quantized = QuantizedWeight(module.weight, in_dim, outliers or outlier_state(), q)  # type: ignore[arg-type]
+    quantized = QuantizedWeight(module.weight, in_dim, outliers or outlier_state(), q, 1)  # type: ignore[arg-type]
     state.attach(module, {"weight": quantized})
     return quantized
 
@@ -135,7 +135,10 @@ def test_two_weights_of_one_module_are_attached_and_restored_one_by_one() -> Non
     module.weight = nn.Parameter(normal(6, 12, seed=0), requires_grad=False)
     module.other = nn.Parameter(normal(5, 12, seed=1), requires_grad=False)
     other = module.other
-    weights = {"weight": QuantizedWeight(module.weight, 1, outlier_state(), 127), "other": ObservedWeight(other, 0.0)}
+    weights = {
+        "weight": QuantizedWeight(module.weight, 1, outlier_state(), 127, 1),
+        "other": ObservedWeight(other, 0.0),
+    }
     state.attach(module, weights)
     assert state.states_of(module) == weights
     state.restore(module, "weight")
@@ -232,7 +235,7 @@ LINEARS: dict[str, tuple[int, Callable[[Tensor, Tensor, Tensor], Tensor]]] = {
 def test_every_form_of_a_linear_runs_in_int8(in_dim: int, product: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
     matrix, x, bias = normal(8, 12, seed=2, std=0.1), planted_outliers(6, 12, CHANNELS, 40.0, seed=1), normal(8, seed=3)
     weight = matrix if in_dim == 1 else matrix.t().contiguous()
-    quantized = QuantizedWeight(weight, in_dim, outlier_state(), 127)
+    quantized = QuantizedWeight(weight, in_dim, outlier_state(), 127, 1)
     results: list[Tensor] = []
     assert count_int8_products(lambda: results.append(product(x, quantized.read(), bias))) == 1
     assert_within_bound(results[0] - bias, x, matrix, quantized)
@@ -256,7 +259,7 @@ def test_a_product_that_is_not_taken_as_a_linear_sees_the_dequantized_weight(
     in_dim: int, product: Callable[[Tensor, Tensor], Tensor]
 ) -> None:
     matrix, x = normal(8, 12, seed=2), normal(6, 12, seed=3)
-    quantized = QuantizedWeight(matrix if in_dim == 1 else matrix.t().contiguous(), in_dim, outlier_state(), 127)
+    quantized = QuantizedWeight(matrix if in_dim == 1 else matrix.t().contiguous(), in_dim, outlier_state(), 127, 1)
     result = product(x, quantized.read())
     expected = x.double() @ reference_weight(quantized).t()
     torch.testing.assert_close(result.double(), expected, rtol=1e-4, atol=1e-4)
@@ -265,7 +268,7 @@ def test_a_product_that_is_not_taken_as_a_linear_sees_the_dequantized_weight(
 def test_a_product_over_the_out_features_is_not_mistaken_for_the_linear() -> None:
     """A square weight makes the mistake silent: x @ w of an `nn.Linear` weight is x W, not x Wᵀ."""
     matrix, x = normal(12, 12, seed=2), normal(6, 12, seed=3)
-    quantized = QuantizedWeight(matrix, 1, outlier_state(), 127)
+    quantized = QuantizedWeight(matrix, 1, outlier_state(), 127, 1)
     torch.testing.assert_close(
         (x @ quantized.read()).double(), x.double() @ reference_weight(quantized), rtol=1e-4, atol=1e-4
     )

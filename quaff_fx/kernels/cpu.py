@@ -47,11 +47,13 @@ def int8_linear(
     w_outlier: Tensor | None = None,
     bias: Tensor | None = None,
     out_dtype: torch.dtype = torch.int32,
+    rotation: int = 1,
     variant: str = DEFAULT_VARIANT,
 ) -> Tensor:
     """Returns ``acc * a_scale[:, None] * w_scale + a_outlier @ w_outlier + bias`` with ``acc = a wᵀ`` or ``a w``.
 
     The integers are added up exactly in int32; the rest happens in float32 before the result leaves the registers.
+    With a `rotation` the first term, the scaled product, is rotated (`numerics.rotate`).
 
     Args:
         a_int8: (T, K), or (T, N) with `transpose_w`; int8 in ±`activation_max`.
@@ -62,6 +64,7 @@ def int8_linear(
         a_scale: (T,) float32. w_scale: (C,) float32. bias: (C,) float32. Each may be missing.
         a_outlier: (T, O) float32. w_outlier: (O, C) float32. Both or neither.
         out_dtype: float32, bfloat16 or float16; or int32 for ``acc`` itself, without scales.
+        rotation: B, a power of two that divides C; 1 is none.
         variant: a key of `VARIANTS`.
 
     Returns:
@@ -94,9 +97,10 @@ def int8_linear(
     if (a_outlier is None) != (w_outlier is None):
         raise ShapeError("a_outlier: comes alone, expected together with w_outlier. Pass both or neither.")
     extras = (a_scale, w_scale, a_outlier, w_outlier, bias)
-    if out_dtype == torch.int32 and any(extra is not None for extra in extras):
+    _check_rotation(rotation, columns)
+    if out_dtype == torch.int32 and (rotation > 1 or any(extra is not None for extra in extras)):
         raise ShapeError(
-            "out_dtype: is torch.int32 with scales, outliers or a bias, expected a floating dtype. "
+            "out_dtype: is torch.int32 with scales, outliers, a bias or a rotation, expected a floating dtype. "
             "Integer results are bare accumulators; leave the rest out."
         )
     outliers = 0 if a_outlier is None else a_outlier.shape[-1]
@@ -124,6 +128,7 @@ def int8_linear(
         None if bias is None else bias.data_ptr(),
         out.data_ptr(),
         _KINDS[out_dtype],
+        rotation,
         torch.get_num_threads(),
     )
     if status == _ACTIVATION_TOO_LARGE:
@@ -136,11 +141,17 @@ def int8_linear(
 
 
 def quantize_activation(
-    x: Tensor, outlier_channels: Tensor, smoothing_scale: Tensor, activation_max: int, *, variant: str = DEFAULT_VARIANT
+    x: Tensor,
+    outlier_channels: Tensor,
+    smoothing_scale: Tensor,
+    activation_max: int,
+    rotation: int,
+    *,
+    variant: str = DEFAULT_VARIANT,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns the smoothed activation in int8, its scale per token, and the operand of the outlier correction.
+    """Returns the smoothed and rotated activation in int8, its scale per token, and the operand of the correction.
 
-    ``x̂ = x / s`` with s_i = 1 outside the outlier channels, ``x_scale = absmax of the row of x̂ / Q``,
+    ``x̂ = rotated(x / s)`` with s_i = 1 outside the outlier channels, ``x_scale = absmax of the row of x̂ / Q``,
     ``x_int8 = round(x̂ / x_scale)``, half to even, and ``x_outlier = x̂_O (s_O - 1) = x_O (1 - 1 / s_O)``. A row of zeros
     has scale 0; a row with a non-finite value has scale NaN and zeros as integers.
 
@@ -148,7 +159,7 @@ def quantize_activation(
         x: (T, K) float32, bfloat16 or float16, rows at any distance from each other.
         outlier_channels: (O,) int64, distinct, in [0, K). smoothing_scale: (O,) float32, at least 1;
             infinity takes a channel out of the int8 product.
-        activation_max: Q, 127 or 63.
+        activation_max: Q, 127 or 63. rotation: B of `numerics.rotate`, a power of two that divides K; 1 is none.
         variant: a key of `VARIANTS`.
 
     Returns:
@@ -160,7 +171,7 @@ def quantize_activation(
     """
     channels = _checked("outlier_channels", outlier_channels, torch.int64, (None,))
     smoothing = _checked("smoothing_scale", smoothing_scale, torch.float32, tuple(channels.shape))
-    return _quantize_rows("x", x, None, channels, smoothing, activation_max, variant)
+    return _quantize_rows("x", x, None, channels, smoothing, activation_max, rotation, variant)
 
 
 def quantize_gradient(
@@ -181,7 +192,7 @@ def quantize_gradient(
         RuntimeError: the library cannot be built (`reason_unavailable`), or no memory is left.
     """
     w_scale = _checked("w_scale", w_scale, torch.float32, (g.shape[-1] if g.ndim else None,))
-    return _quantize_rows("g", g, w_scale, None, None, activation_max, variant)[:2]
+    return _quantize_rows("g", g, w_scale, None, None, activation_max, 1, variant)[:2]
 
 
 def instruction_set(variant: str = DEFAULT_VARIANT) -> str:
@@ -240,11 +251,12 @@ def _library(variant: str) -> ctypes.CDLL:
     library.quaff_int8_linear.argtypes = (
         *(pointer, pointer, size, size, size, integer, integer),  # a, w, sizes, transpose_w, activation_max
         *(pointer, pointer, pointer, pointer, size, pointer),  # scales, outlier operands, outliers, bias
-        *(pointer, integer, integer),  # out, out_kind, threads
+        *(pointer, integer, integer, integer),  # out, out_kind, rotation, threads
     )
     library.quaff_quantize_rows.argtypes = (
         *(pointer, integer, size, size, size),  # x, x_kind, tokens, width, row_stride
-        *(pointer, pointer, pointer, size, integer),  # column_scale, channels, smoothing, outliers, activation_max
+        *(pointer, pointer, pointer, size),  # column_scale, channels, smoothing, outliers
+        *(integer, integer),  # activation_max, rotation
         *(pointer, pointer, pointer, integer),  # x_int8, x_scale, x_outlier, threads
     )
     return library
@@ -268,6 +280,7 @@ def _quantize_rows(
     channels: Tensor | None,
     smoothing: Tensor | None,
     activation_max: int,
+    rotation: int,
     variant: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     if x.dtype not in _KINDS or x.dtype == torch.int32:
@@ -276,6 +289,7 @@ def _quantize_rows(
         raise _misfit(name, x, x.dtype, (None, None))
     _check_activation_max(activation_max)
     tokens, width = x.shape
+    _check_rotation(rotation, width)
     if x.stride(1) != 1:
         x = x.contiguous()
     outliers = 0 if channels is None else channels.shape[0]
@@ -292,6 +306,7 @@ def _quantize_rows(
         None if smoothing is None else smoothing.data_ptr(),
         outliers,
         activation_max,
+        rotation,
         x_int8.data_ptr(),
         x_scale.data_ptr(),
         x_outlier.data_ptr(),
@@ -330,6 +345,14 @@ def _misfit(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int | No
 def _check_activation_max(activation_max: int) -> None:
     if activation_max not in (63, 127):
         raise ShapeError(f"activation_max: is {activation_max}, expected 127 or 63. Use one of these.")
+
+
+def _check_rotation(rotation: int, features: int) -> None:
+    if rotation < 1 or rotation & (rotation - 1) or features % rotation:
+        raise ShapeError(
+            f"rotation: is {rotation}, expected a power of two that divides the {features} features. "
+            "Take numerics.rotation_block."
+        )
 
 
 def _raise_for(status: int) -> None:

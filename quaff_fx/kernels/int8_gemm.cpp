@@ -5,12 +5,14 @@
 // from one row-major copy for both directions; that costs a few per cent and saves a second copy of the model.
 
 #include <cstdlib>
+#include <memory>
 #include <pthread.h>
 
 #include "int8_few.h"
 #include "int8_isa.h"
 #include "int8_pack.h"
 #include "int8_quantize.h"
+#include "int8_rotate.h"
 #include "int8_tile.h"
 
 namespace quaff {
@@ -42,6 +44,7 @@ class Scratch {
 static thread_local Scratch activation_scratch;  // packed activations, read by all threads of a call
 static thread_local Scratch weight_scratch;      // one strip of packed weights
 static thread_local Scratch row_scratch;         // one row in float32
+static thread_local Scratch rotation_scratch;    // rotated outlier rows and bias of a call
 
 // libgomp's threads do not survive a fork, and a parallel region in the child would wait for them for ever.
 static bool is_forked_child = false;
@@ -277,6 +280,41 @@ static int multiply_all(const int8_t* a, const Product& product, const Weights& 
   return multiply(a, product, weights, activation_max, threads);
 }
 
+// Makes out = rotated(acc * scales) + a_outlier w_outlier + bias: the rest is rotated beforehand, all afterwards, since
+// rotating twice is doing nothing. Sums are float32 until then: a narrow kind could overflow before the rotation.
+template <class Dot>
+static int multiply_rotated(const int8_t* a, const Product& product, const Weights& weights, int activation_max,
+                            int rotation, int threads) {
+  const int64_t columns = product.columns;
+  const bool is_narrow = product.out_kind != kFloat32;
+  Weights rotated = weights;
+  float* const memory = static_cast<float*>(rotation_scratch.grow((product.outliers + 1) * columns * sizeof(float)));
+  if (memory == nullptr) return kNoMemory;
+  const auto rotated_copy = [&](const float* rows, int64_t count, float* to) {
+    if (rows == nullptr) return rows;
+    std::memcpy(to, rows, count * columns * sizeof(float));
+    for (int64_t row = 0; row < count; row++) rotate_row(to + row * columns, columns, rotation);
+    return static_cast<const float*>(to);
+  };
+  rotated.bias = rotated_copy(weights.bias, 1, memory);
+  rotated.w_outlier = rotated_copy(weights.w_outlier, product.outliers, memory + columns);
+  const std::unique_ptr<float, decltype(&std::free)> wide(
+      is_narrow ? static_cast<float*>(std::malloc(product.tokens * columns * sizeof(float))) : nullptr, std::free);
+  if (is_narrow && wide == nullptr) return kNoMemory;
+  Product sums = product;
+  if (is_narrow) sums.out = wide.get(), sums.out_kind = kFloat32;
+  const int status = multiply_all<Dot>(a, sums, rotated, activation_max, threads);
+  if (status != kOk) return status;
+  threads = usable_threads(threads, product.tokens * columns);
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t token = 0; token < product.tokens; token++) {
+    float* const row = static_cast<float*>(sums.out) + token * columns;
+    void* const to = is_narrow ? static_cast<uint16_t*>(product.out) + token * columns : static_cast<void*>(row);
+    rotate_row_to(row, columns, rotation, to, product.out_kind);
+  }
+  return kOk;
+}
+
 static int quantize_all(const Rows& rows, int64_t tokens, int8_t* x_int8, float* x_scale, float* x_outlier,
                         int threads) {
   for (int64_t o = 0; o < rows.outliers; o++) {
@@ -303,25 +341,34 @@ extern "C" {
 const char* quaff_instruction_set() { return quaff::kName; }
 
 // a (tokens, reduction) and w: (columns, reduction), or (reduction, columns) where transpose_w; out (tokens, columns).
-// Pointers to what is not there are null. out_kind is a quaff::Kind, the result a quaff::Status.
+// Pointers to what is not there are null. out_kind is a quaff::Kind, the result a quaff::Status. With a rotation > 1,
+// which divides columns, the scaled product is rotated before the rest is added; out is floating then.
 int quaff_int8_linear(const int8_t* a, const int8_t* w, int64_t tokens, int64_t reduction, int64_t columns,
                       int transpose_w, int activation_max, const float* a_scale, const float* w_scale,
                       const float* a_outlier, const float* w_outlier, int64_t outliers, const float* bias, void* out,
-                      int out_kind, int threads) {
+                      int out_kind, int rotation, int threads) {
   if (tokens == 0 || columns == 0) return quaff::kOk;
   const quaff::Product product = {tokens, reduction, columns, a_scale, a_outlier, outliers, out, out_kind};
   const quaff::Weights weights = {w, w_scale, w_outlier, bias, transpose_w != 0};
+  if (rotation > 1) {
+    auto multiply = quaff::multiply_rotated<quaff::DotFull>;
+    if (activation_max <= 63) multiply = quaff::multiply_rotated<quaff::DotSmall>;
+    return multiply(a, product, weights, activation_max, rotation, threads);
+  }
   auto multiply = quaff::multiply_all<quaff::DotFull>;
   if (activation_max <= 63) multiply = quaff::multiply_all<quaff::DotSmall>;
   return multiply(a, product, weights, activation_max, threads);
 }
 
-// x: `tokens` rows of x_kind, row_stride values apart; column_scale (width,) or null; channels, smoothing (outliers,).
+// x: `tokens` rows of x_kind, row_stride values apart; column_scale (width,) or null; channels, smoothing (outliers,);
+// rotation 1 or a power of two that divides width.
 // x_int8 (tokens, width), x_scale (tokens,), x_outlier (tokens, outliers).
 int quaff_quantize_rows(const void* x, int x_kind, int64_t tokens, int64_t width, int64_t row_stride,
                         const float* column_scale, const int64_t* channels, const float* smoothing, int64_t outliers,
-                        int activation_max, int8_t* x_int8, float* x_scale, float* x_outlier, int threads) {
-  const quaff::Rows rows = {x, x_kind, width, row_stride, column_scale, channels, smoothing, outliers, activation_max};
+                        int activation_max, int rotation, int8_t* x_int8, float* x_scale, float* x_outlier,
+                        int threads) {
+  const quaff::Rows rows = {x,        x_kind,    width,    row_stride,     column_scale,
+                            channels, smoothing, outliers, activation_max, rotation};
   return quaff::quantize_all(rows, tokens, x_int8, x_scale, x_outlier, threads);
 }
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "int8_isa.h"
+#include "int8_rotate.h"
 
 namespace quaff {
 
@@ -14,7 +15,8 @@ struct Rows {
   const int64_t* channels;    // (outliers,) columns that are divided by smoothing
   const float* smoothing;     // (outliers,)
   int64_t outliers;
-  int limit;  // largest absolute value of the result
+  int limit;     // largest absolute value of the result
+  int rotation;  // block of rotate_row, 1 for none
 };
 
 // Narrows four vectors of small integers to bytes.
@@ -91,6 +93,7 @@ static void quantize_row(const Rows& rows, int64_t token, float* row, int8_t* x_
     row[rows.channels[o]] = value * inverse;
     x_outlier[token * rows.outliers + o] = value * (1.0f - inverse);
   }
+  if (rows.rotation > 1) rotate_row(row, width, rows.rotation);
 
   // As integers, absolute values order like floats, with infinity and NaN on top.
   vint largest[4] = {};

@@ -25,6 +25,7 @@ def int8_linear(
     w_outlier: Tensor | None = None,
     bias: Tensor | None = None,
     out_dtype: torch.dtype = torch.int32,
+    rotation: int = 1,
 ) -> Tensor:
     """Returns ``a_scale w_scale (a wᵀ) + a_outlier w_outlier + bias``, or with `transpose_w` the same of ``a w``.
 
@@ -38,6 +39,7 @@ def int8_linear(
         a_scale: (T,) float32. w_scale: (C,) float32. bias: (C,).
         a_outlier: (T, O) float32. w_outlier: (O, C) float32.
         out_dtype: float32, bfloat16 or float16; or int32 for the bare accumulator, without scales.
+        rotation: B of `numerics.rotate`, which the first term goes through: the gradient of a rotated activation.
 
     Returns:
         (T, C) of `out_dtype`.
@@ -54,20 +56,21 @@ def int8_linear(
             w_outlier=w_outlier,
             bias=None if bias is None else bias.float(),
             out_dtype=out_dtype,
+            rotation=rotation,
         )
     int8_matmul = cuda.int8_matmul if a_int8.device.type == "cuda" else reference.int8_matmul
     accumulator = int8_matmul(a_int8, w_int8, transpose_w)
-    return dequantized(accumulator, a_scale, w_scale, a_outlier, w_outlier, bias, out_dtype)
+    return dequantized(accumulator, a_scale, w_scale, a_outlier, w_outlier, bias, out_dtype, rotation)
 
 
 def quantize_activation(
-    x: Tensor, outlier_channels: Tensor, smoothing_scale: Tensor, activation_max: int
+    x: Tensor, outlier_channels: Tensor, smoothing_scale: Tensor, activation_max: int, rotation: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns `numerics.quantize_activation` of x (T, K), through the compiled kernel where there is one."""
     quantize = numerics.quantize_activation
     if x.device.type == "cpu" and reason_no_kernel() is None:
         quantize = cpu.quantize_activation
-    return quantize(x, outlier_channels, smoothing_scale, activation_max)
+    return quantize(x, outlier_channels, smoothing_scale, activation_max, rotation)
 
 
 def dequantized(
@@ -78,6 +81,7 @@ def dequantized(
     w_outlier: Tensor | None,
     bias: Tensor | None,
     out_dtype: torch.dtype,
+    rotation: int = 1,
 ) -> Tensor:
     """Returns the epilogue of `int8_linear` on an int32 accumulator (T, C), in plain torch."""
     if out_dtype == torch.int32:
@@ -87,6 +91,7 @@ def dequantized(
         result = result * a_scale.unsqueeze(1)
     if w_scale is not None:
         result = result * w_scale
+    result = numerics.rotate(result, rotation)
     if a_outlier is not None and w_outlier is not None and a_outlier.shape[1]:
         result = result + a_outlier @ w_outlier
     if bias is not None:

@@ -16,6 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from quaff_fx import numerics
 from quaff_fx.errors import ShapeError
 from quaff_fx.kernels import cpu
 from quaff_fx.numerics import INT32_MAX_REDUCTION
@@ -326,7 +327,10 @@ WEIGHT = torch.zeros(5, 6, dtype=torch.int8)
             {"a_outlier": torch.ones(4, 2), "w_outlier": torch.ones(3, 5)},
             "w_outlier: has shape (3, 5), expected (2, 5)",
         ),
-        ({"a_scale": torch.ones(4), "out_dtype": torch.int32}, "out_dtype: is torch.int32 with scales, outliers or a"),
+        (
+            {"a_scale": torch.ones(4), "out_dtype": torch.int32},
+            "out_dtype: is torch.int32 with scales, outliers, a bias or a rotation",
+        ),
     ],
 )
 def test_operands_that_do_not_fit_raise(changed: dict[str, object], message: str) -> None:
@@ -371,7 +375,7 @@ def test_quantized_activation_equals_the_formula(
 ) -> None:
     x, channels, smoothing = planted_activation(tokens, k, outliers)
     x = x.to(dtype)
-    x_int8, x_scale, x_outlier = cpu.quantize_activation(x, channels, smoothing, activation_max, variant=variant)
+    x_int8, x_scale, x_outlier = cpu.quantize_activation(x, channels, smoothing, activation_max, 1, variant=variant)
     smooth = x.float()
     before, inverse = smooth[:, channels], 1 / smoothing
     smooth[:, channels] = before * inverse
@@ -404,20 +408,20 @@ def test_quantized_gradient_equals_the_formula_at_every_size(
 
 def test_halves_are_rounded_to_even(variant: str) -> None:
     x = torch.tensor([[127.0, 0.5, 1.5, 2.5, -0.5, -1.5, -2.5, 126.5, -126.5]])
-    x_int8, x_scale, _ = cpu.quantize_activation(x, torch.zeros(0, dtype=torch.int64), torch.zeros(0), 127)
+    x_int8, x_scale, _ = cpu.quantize_activation(x, torch.zeros(0, dtype=torch.int64), torch.zeros(0), 127, 1)
     assert x_scale.tolist() == [1.0]
     assert x_int8.tolist() == [[127, 0, 2, 2, 0, -2, -2, 126, -126]]
 
 
 def test_bad_and_zero_rows_are_defined_and_alone(variant: str) -> None:
     x, channels, smoothing = planted_activation(12, 77, 5)
-    clean = cpu.quantize_activation(x, channels, smoothing, 127, variant=variant)
+    clean = cpu.quantize_activation(x, channels, smoothing, 127, 1, variant=variant)
     bad = x.clone()
     bad[2, 76] = float("nan")
     bad[5, channels[1]] = float("inf")
     bad[8, 0] = float("-inf")
     bad[10] = 0
-    x_int8, x_scale, x_outlier = cpu.quantize_activation(bad, channels, smoothing, 127, variant=variant)
+    x_int8, x_scale, x_outlier = cpu.quantize_activation(bad, channels, smoothing, 127, 1, variant=variant)
     assert x_scale[[2, 5, 8]].isnan().all()
     assert x_scale[10] == 0
     assert not x_int8[[2, 5, 8, 10]].any()
@@ -430,9 +434,9 @@ def test_bad_and_zero_rows_are_defined_and_alone(variant: str) -> None:
 def test_infinite_smoothing_takes_a_channel_out(variant: str) -> None:
     x, channels, smoothing = planted_activation(6, 70, 4)
     smoothing[2] = float("inf")
-    x_int8, x_scale, x_outlier = cpu.quantize_activation(x, channels, smoothing, 127, variant=variant)
+    x_int8, x_scale, x_outlier = cpu.quantize_activation(x, channels, smoothing, 127, 1, variant=variant)
     x_without = x.index_fill(1, channels[2:3], 0)
-    wanted = cpu.quantize_activation(x_without, channels, smoothing, 127, variant=variant)
+    wanted = cpu.quantize_activation(x_without, channels, smoothing, 127, 1, variant=variant)
     assert torch.equal(x_int8, wanted[0])
     assert torch.equal(x_scale, wanted[1])
     assert torch.equal(x_outlier[:, 2], x[:, channels[2]])
@@ -440,15 +444,15 @@ def test_infinite_smoothing_takes_a_channel_out(variant: str) -> None:
 
 def test_strided_rows_are_read_in_their_order(variant: str) -> None:
     x, channels, smoothing = planted_activation(9, 66, 3)
-    wanted = cpu.quantize_activation(x, channels, smoothing, 127, variant=variant)
+    wanted = cpu.quantize_activation(x, channels, smoothing, 127, 1, variant=variant)
     wide = torch.cat([x, torch.full((9, 7), 1e6)], dim=1)
     for view in (wide[:, :66], x.t().contiguous().t(), torch.stack([x, x * 9], dim=2)[:, :, 0]):
         for result, right in zip(
-            cpu.quantize_activation(view, channels, smoothing, 127, variant=variant), wanted, strict=True
+            cpu.quantize_activation(view, channels, smoothing, 127, 1, variant=variant), wanted, strict=True
         ):
             assert torch.equal(result, right)
     one = x[:1].expand(4, 66)
-    assert torch.equal(cpu.quantize_activation(one, channels, smoothing, 127)[0], wanted[0][:1].expand(4, 66))
+    assert torch.equal(cpu.quantize_activation(one, channels, smoothing, 127, 1)[0], wanted[0][:1].expand(4, 66))
 
 
 @pytest.mark.parametrize(
@@ -467,7 +471,72 @@ def test_strided_rows_are_read_in_their_order(variant: str) -> None:
 def test_activations_that_do_not_fit_raise(changed: dict[str, object], message: str) -> None:
     arguments = {"x": torch.zeros(4, 6), "outlier_channels": torch.tensor([1, 5]), "smoothing_scale": torch.ones(2)}
     with pytest.raises(ShapeError, match=re.escape(message)):
-        cpu.quantize_activation(**{**arguments, "activation_max": 127, **changed})
+        cpu.quantize_activation(**{**arguments, "activation_max": 127, "rotation": 1, **changed})
+
+
+ROTATIONS = [(576, 64), (96, 32), (40, 8), (6, 2), (100, 4), (64, 64), (2048, 16)]
+"""Width and block, so that pieces are shorter and longer than a vector, whole and not."""
+
+
+@pytest.mark.parametrize("dtype", FLOATING)
+@pytest.mark.parametrize(("k", "rotation"), ROTATIONS)
+def test_rotated_activation_is_the_formula_up_to_the_order_of_sums(
+    variant: str, dtype: torch.dtype, k: int, rotation: int
+) -> None:
+    x, channels, smoothing = planted_activation(37, k, 2)
+    x, smoothing[1] = x.to(dtype), torch.inf
+    x_int8, x_scale, x_outlier = cpu.quantize_activation(x, channels, smoothing, 127, rotation, variant=variant)
+    wanted = numerics.quantize_activation(x, channels, smoothing, 127, rotation)
+    assert (x_int8.int() - wanted[0].int()).abs().max() <= 1  # where a quotient is half an integer but for the last bit
+    assert (x_int8 != wanted[0]).float().mean() < 0.01
+    torch.testing.assert_close(x_scale, wanted[1], rtol=1e-5, atol=0)
+    assert torch.equal(x_outlier, wanted[2])
+
+
+@pytest.mark.parametrize("out_dtype", FLOATING)
+@pytest.mark.parametrize("tokens", [1, 3, 37])
+@pytest.mark.parametrize(("k", "rotation"), ROTATIONS)
+def test_rotated_results_are_within_rounding_of_float64(
+    variant: str, out_dtype: torch.dtype, tokens: int, k: int, rotation: int
+) -> None:
+    a, w = (torch.randint(-127, 128, size, dtype=torch.int8) for size in ((tokens, 24), (24, k)))
+    a_scale, a_outlier = 0.01 * torch.rand(tokens), torch.randn(tokens, 5)
+    w_outlier, bias = torch.randn(5, k), torch.randn(k)
+    result = cpu.int8_linear(
+        a,
+        w,
+        transpose_w=True,
+        activation_max=127,
+        a_scale=a_scale,
+        a_outlier=a_outlier,
+        w_outlier=w_outlier,
+        bias=bias,
+        out_dtype=out_dtype,
+        rotation=rotation,
+        variant=variant,
+    )
+    product = numerics.rotate((a.double() @ w.double()) * a_scale.double().unsqueeze(1), rotation)
+    exact = product + a_outlier.double() @ w_outlier.double() + bias.double()
+    bound = {torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}[out_dtype]
+    assert (result.double() - exact).norm() < bound * exact.norm()
+
+
+def test_what_is_too_large_for_float16_before_the_rotation_may_fit_after_it(variant: str) -> None:
+    a, w = torch.tensor([[100]], dtype=torch.int8), torch.zeros(1, 64, dtype=torch.int8)
+    w[0, 5] = 100
+    options = {"transpose_w": True, "activation_max": 127, "rotation": 64, "variant": variant}
+    result = cpu.int8_linear(a, w, a_scale=torch.tensor([20.0]), out_dtype=torch.float16, **options)
+    assert torch.equal(result.abs(), torch.full((1, 64), 25_000.0, dtype=torch.float16))  # 200,000 / sqrt(64)
+
+
+@pytest.mark.parametrize("rotation", [0, 3, 4, -2])
+def test_a_rotation_that_does_not_divide_the_features_raises(rotation: int) -> None:
+    message = re.escape(f"rotation: is {rotation}, expected a power of two that divides the 6 features")
+    with pytest.raises(ShapeError, match=message):
+        cpu.quantize_activation(torch.zeros(4, 6), torch.tensor([1]), torch.ones(1), 127, rotation)
+    a, w = torch.zeros(2, 5, dtype=torch.int8), torch.zeros(5, 6, dtype=torch.int8)
+    with pytest.raises(ShapeError, match=message):
+        cpu.int8_linear(a, w, transpose_w=True, activation_max=127, out_dtype=torch.float32, rotation=rotation)
 
 
 def test_gradient_that_does_not_fit_raises() -> None:
@@ -495,7 +564,7 @@ int main() {
       for (auto& value : w) value = next(state, 127);
       std::vector<int32_t> out(tokens * columns);
       if (quaff_int8_linear(a.data(), w.data(), tokens, reduction, columns, transposed, limit, nullptr, nullptr,
-                            nullptr, nullptr, 0, nullptr, out.data(), quaff::kInt32, 2)) wrong++;
+                            nullptr, nullptr, 0, nullptr, out.data(), quaff::kInt32, 1, 2)) wrong++;
       for (int t = 0; t < tokens; t++) for (int c = 0; c < columns; c++) {
         int32_t sum = 0;
         for (int r = 0; r < reduction; r++) {
@@ -507,10 +576,20 @@ int main() {
       std::vector<int8_t> x_int8(tokens * reduction);
       for (auto& value : x) value = next(state, 1000000) * 1e-3f;
       if (quaff_quantize_rows(x.data(), quaff::kFloat32, tokens, reduction, reduction, nullptr, nullptr, nullptr, 0,
-                              limit, x_int8.data(), scale.data(), nullptr, 2)) wrong++;
+                              limit, 1, x_int8.data(), scale.data(), nullptr, 2)) wrong++;
       for (int i = 0; i < tokens * reduction; i++) {
         const float s = scale[i / reduction];
         wrong += x_int8[i] != (s == 0 ? 0 : static_cast<int>(std::nearbyint(x[i] / s)));
+      }
+      std::vector<float> rotated(x.begin(), x.begin() + reduction);
+      const int block = reduction % 16 == 0 ? 16 : reduction % 2 == 0 ? 2 : 1;
+      quaff::rotate_row(rotated.data(), reduction, block);
+      for (int i = 0; i < reduction; i++) {
+        double sum = 0;
+        for (int j = i % (reduction / block), k = 0; k < block; j += reduction / block, k++) {
+          sum += (__builtin_popcount(i / (reduction / block) & k) % 2 ? -1.0 : 1.0) * x[j];
+        }
+        wrong += !(std::abs(rotated[i] - sum / std::sqrt(block)) < 1e-3);
       }
     }
   }

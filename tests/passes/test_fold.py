@@ -44,7 +44,7 @@ def values(dtype: torch.dtype = torch.float32, rank: int = RANK) -> dict[str, Te
 
 def int8_linear(v: dict[str, Tensor], *, corrected: bool = True, dtype: torch.dtype = torch.float32) -> Tensor:
     x_o, w_o = (v["x_o"], v["w_o"]) if corrected else (None, None)
-    y: Tensor = INT8_LINEAR(v["a"], v["w"], False, v["a_scale"], v["w_scale"], x_o, w_o, None, dtype, 127)
+    y: Tensor = INT8_LINEAR(v["a"], v["w"], False, v["a_scale"], v["w_scale"], x_o, w_o, None, dtype, 127, 1)
     return y
 
 
@@ -83,7 +83,7 @@ def test_the_low_rank_product_becomes_a_part_of_the_correction() -> None:
         "cat_default = torch.ops.aten.cat.default([x_o_, h_], 1)",
         "cat_default_1 = torch.ops.aten.cat.default([w_o_, mul_tensor])",
         "int8_linear_default = quaff.int8_linear.default(a_, w_, False, a_scale_, w_scale_, cat_default, "
-        "cat_default_1, None, torch.float32, 127)",
+        "cat_default_1, None, torch.float32, 127, 1)",
         "view_1 = torch.ops.aten.view.default(int8_linear_default, [1, 6, 10])",
     ]
     assert [change.action for change in result.changes] == ["folded"]

@@ -66,7 +66,7 @@ def test_a_linear_in_training() -> None:
     graph_module = graph_of(lambda x, w, b: F.linear(x, w, b), training=True)
     assert text(graph_module) == (
         "dequantize_weight_default = quaff.dequantize_weight.default(w_int8, w_scale, w_outlier, channels, w_absmax, "
-        "s, next_s, 0.1, 127, True, torch.float32)\n"
+        "s, next_s, 0.1, 127, True, torch.float32, 1)\n"
         "linear = linear(x, dequantize_weight_default, bias)\n"
         "return linear"
     )
@@ -74,14 +74,15 @@ def test_a_linear_in_training() -> None:
     assert result.graph_module is graph_module
     assert text(graph_module) == (
         "detach = x.detach()\n"
-        "quantize_activation_default = quaff.quantize_activation.default(detach, channels, s, 127)\n"
+        "quantize_activation_default = quaff.quantize_activation.default(detach, channels, s, 127, 1)\n"
         "x_int8 = quantize_activation_default[0]\n"
         "x_scale = quantize_activation_default[1]\n"
         "x_outlier = quantize_activation_default[2]\n"
         "update_smoothing_scale_default = "
         "quaff.update_smoothing_scale.default(detach, channels, w_absmax, s, 0.1)\n"
         "copy_ = next_s.copy_(update_smoothing_scale_default)\n"
-        "linear_default = quaff.linear.default(x, x_int8, x_scale, x_outlier, w_int8, w_scale, w_outlier, bias, 127)\n"
+        "linear_default = "
+        "quaff.linear.default(x, x_int8, x_scale, x_outlier, w_int8, w_scale, w_outlier, bias, 127, 1)\n"
         "return linear_default"
     )
     assert changes_of(result.changes) == ["w_int8: quantized"]
@@ -89,11 +90,11 @@ def test_a_linear_in_training() -> None:
 
 EVALUATION_TEXT = (
     "detach = x.detach()\n"
-    "quantize_activation_default = quaff.quantize_activation.default(detach, channels, s, 63)\n"
+    "quantize_activation_default = quaff.quantize_activation.default(detach, channels, s, 63, 1)\n"
     "x_int8 = quantize_activation_default[0]\n"
     "x_scale = quantize_activation_default[1]\n"
     "x_outlier = quantize_activation_default[2]\n"
-    "linear_default = quaff.linear.default(x, x_int8, x_scale, x_outlier, w_int8, w_scale, w_outlier, bias, 63)\n"
+    "linear_default = quaff.linear.default(x, x_int8, x_scale, x_outlier, w_int8, w_scale, w_outlier, bias, 63, 1)\n"
     "return linear_default"
 )
 
@@ -160,7 +161,7 @@ def test_a_linear_whose_x_is_the_weight_itself_keeps_the_marker_for_x() -> None:
     graph_module = graph_of(lambda x, w, b: F.linear(w, w))
     pipeline.quantize(graph_module)
     values = quantized_values(4, 4)
-    w = torch.ops.quaff.dequantize_weight.default(*values, 0.1, 127, False, torch.float32)
+    w = torch.ops.quaff.dequantize_weight.default(*values, 0.1, 127, False, torch.float32, 1)
     result = graph_module(torch.zeros(1), *values, torch.zeros(4))
     assert sqnr_db(w.double() @ w.double().t(), result) > 30
 
@@ -204,16 +205,17 @@ def test_linears_of_one_activation_and_one_state_share_one_quantized_activation(
     assert changes_of(changes) == ["w_int8: quantized", "w_int8_2: quantized"]
     assert text(graph_module) == (
         "detach = x.detach()\n"
-        "quantize_activation_default = quaff.quantize_activation.default(detach, channels, s, 127)\n"
+        "quantize_activation_default = quaff.quantize_activation.default(detach, channels, s, 127, 1)\n"
         "x_int8 = quantize_activation_default[0]\n"
         "x_scale = quantize_activation_default[1]\n"
         "x_outlier = quantize_activation_default[2]\n"
         "update_smoothing_scale_default = "
         "quaff.update_smoothing_scale.default(detach, channels, w_absmax, s, 0.1)\n"
         "copy_ = next_s.copy_(update_smoothing_scale_default)\n"
-        "linear_default = quaff.linear.default(x, x_int8, x_scale, x_outlier, w_int8, w_scale, w_outlier, None, 127)\n"
+        "linear_default = "
+        "quaff.linear.default(x, x_int8, x_scale, x_outlier, w_int8, w_scale, w_outlier, None, 127, 1)\n"
         "linear_default_1 = "
-        "quaff.linear.default(x, x_int8, x_scale, x_outlier, w_int8_2, w_scale_2, w_outlier_2, None, 127)\n"
+        "quaff.linear.default(x, x_int8, x_scale, x_outlier, w_int8_2, w_scale_2, w_outlier_2, None, 127, 1)\n"
         "return (linear_default, linear_default_1)"
     )
 

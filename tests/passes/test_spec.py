@@ -84,42 +84,46 @@ def int8_graph(build: Callable[..., Any]) -> GraphModule:
 
 
 def parts_of(x: Any, channels: Any, s: Any, q: int = 127) -> tuple[Any, ...]:
-    parts = quaff.quantize_activation.default(x.detach(), channels, s, q)
+    parts = quaff.quantize_activation.default(x.detach(), channels, s, q, 1)
     return parts[0], parts[1], parts[2]
 
 
 def test_a_handwritten_legal_graph_is_accepted() -> None:
     spec.check_quantized(
-        int8_graph(lambda x, z, c, s, weight: quaff.linear.default(x, *parts_of(x, c, s), *weight, 127))
+        int8_graph(lambda x, z, c, s, weight: quaff.linear.default(x, *parts_of(x, c, s), *weight, 127, 1))
     )
 
 
 def mixed(x, z, c, s, weight):
     first, second = parts_of(x, c, s), parts_of(x, c, s)
-    return quaff.linear.default(x, first[0], second[1], first[2], *weight, 127)
+    return quaff.linear.default(x, first[0], second[1], first[2], *weight, 127, 1)
 
 
 def of_something_else(x, z, c, s, weight):
     pieces = torch.split(x, 1)
-    return quaff.linear.default(x, pieces[0], pieces[1], pieces[2], *weight, 127)
+    return quaff.linear.default(x, pieces[0], pieces[1], pieces[2], *weight, 127, 1)
 
 
 def not_detached(x, z, c, s, weight):
-    parts = quaff.quantize_activation.default(x, c, s, 127)
-    return quaff.linear.default(x, parts[0], parts[1], parts[2], *weight, 127)
+    parts = quaff.quantize_activation.default(x, c, s, 127, 1)
+    return quaff.linear.default(x, parts[0], parts[1], parts[2], *weight, 127, 1)
 
 
 def swapped(x, z, c, s, weight):
     x_int8, x_scale, x_outlier = parts_of(x, c, s)
-    return quaff.linear.default(x, x_int8, x_outlier, x_scale, *weight, 127)
+    return quaff.linear.default(x, x_int8, x_outlier, x_scale, *weight, 127, 1)
 
 
 ILLEGAL: dict[str, Callable[..., Any]] = {
     "parts of two activations": mixed,
-    "parts of another activation": lambda x, z, c, s, weight: quaff.linear.default(x, *parts_of(z, c, s), *weight, 127),
-    "parts in another range": lambda x, z, c, s, weight: quaff.linear.default(x, *parts_of(x, c, s, 63), *weight, 127),
+    "parts of another activation": lambda x, z, c, s, weight: quaff.linear.default(
+        x, *parts_of(z, c, s), *weight, 127, 1
+    ),
+    "parts in another range": lambda x, z, c, s, weight: quaff.linear.default(
+        x, *parts_of(x, c, s, 63), *weight, 127, 1
+    ),
     "parts of something else": of_something_else,
-    "parts that are inputs": lambda x, z, c, s, weight: quaff.linear.default(x, z, s, c, *weight, 127),
+    "parts that are inputs": lambda x, z, c, s, weight: quaff.linear.default(x, z, s, c, *weight, 127, 1),
     "parts of an activation that was not detached": not_detached,
     "parts in the wrong order": swapped,
 }

@@ -24,7 +24,7 @@ def observed(*inputs: Tensor) -> Tensor:
 
 
 def quantized(*inputs: Tensor, training: bool = False, momentum: float = 0.1, q: int = 127) -> Tensor:
-    marker: Tensor = torch.ops.quaff.dequantize_weight.default(*inputs, momentum, q, training, torch.float32)
+    marker: Tensor = torch.ops.quaff.dequantize_weight.default(*inputs, momentum, q, training, torch.float32, 1)
     return marker
 
 
