@@ -323,7 +323,7 @@ def test_dequantize_gives_plain_float_weights(tmp_path, steps):
     weight = model.base_model.model.model.layers[0].mlp.down_proj.base_layer.weight
     assert type(weight) is nn.Parameter
     expected = original.model.layers[0].mlp.down_proj.weight
-    # 8 bits of a normal row: its absmax is about 3 deviations, so a rounding error is 3 / 127 / sqrt(12) = 0.7 % of one.
+    # 8 bits of a normal row: its absmax is about 3 deviations, a rounding error 3 / 127 / sqrt(12) = 0.7 % of one.
     assert (weight - expected).norm() <= expected.norm() * 0.01
     model.merge_and_unload()
 
