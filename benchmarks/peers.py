@@ -184,18 +184,19 @@ class QuaffLinear(nn.Module):
     The first forward runs in float, chooses the outlier channels O and makes the weight int8. From then on
 
         s_t = γ s_(t-1) + (1 - γ) max(1, sqrt(absmax x_i / absmax W_i)) for i in O, 1 elsewhere
-        x̂ = x / s;  x_int8 = round(x̂ / x_scale), x_scale = absmax of each token's row / 127
+        x̂ = x / s;  x_int8 = round(x̂ / x_scale), x_scale = absmax of each token's row / Q
         y = x_scale w_scale (x_int8 w_int8ᵀ) + x̂_O ((s_O - 1) W_O)ᵀ + b
         dx = dy_scale w_scale (dy_int8 w_int8)
 
-    with one w_scale for the whole weight. Source: Quaff, equations 2 to 8 and the paper's code (γ = 0.1, W_O in float,
-    at most 1 % of the channels, a multiple of 4). Two differences: the budget is always filled, by hits and then by
-    absmax, so that the time does not depend on whether random weights happen to have outliers; and the backward product
-    is int8 too, which is faster than dequantizing the weight.
+    with one w_scale for the whole weight and Q = `activation_max`. Source: Quaff, equations 2 to 8 and the paper's code
+    (γ = 0.1, W_O in float, at most 1 % of the channels, a multiple of 4). Two differences: with `fills_budget` it is
+    always filled, by hits and then by absmax, so that the time does not depend on whether random weights happen to have
+    outliers; and the backward product is int8 too, which is faster than dequantizing the weight.
     """
 
-    def __init__(self, linear: nn.Linear) -> None:
+    def __init__(self, linear: nn.Linear, activation_max: int = 127, fills_budget: bool = True) -> None:
         super().__init__()
+        self.activation_max, self.fills_budget = activation_max, fills_budget
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight: nn.Parameter | None = linear.weight
         self.bias = linear.bias
@@ -212,7 +213,13 @@ class QuaffLinear(nn.Module):
             target = self._smoothing_target(tokens)
             self.smoothing_scale = MOMENTUM * self.smoothing_scale + (1 - MOMENTUM) * target
         y = _QuaffProduct.apply(
-            tokens, self.w_int8, self.w_scale, self.w_outlier, self.outlier_channels, self.smoothing_scale
+            tokens,
+            self.w_int8,
+            self.w_scale,
+            self.w_outlier,
+            self.outlier_channels,
+            self.smoothing_scale,
+            self.activation_max,
         ).view(*x.shape[:-1], self.out_features)
         return y if self.bias is None else y + self.bias
 
@@ -223,6 +230,8 @@ class QuaffLinear(nn.Module):
         absmax = magnitude.amax(dim=0)
         hits = (magnitude > OUTLIER_THRESHOLD * magnitude.mean()).sum(dim=0)
         count = min(self.in_features, max(4, int(self.in_features * OUTLIER_BUDGET) // 4 * 4))
+        if not self.fills_budget:
+            count = min(count, int((hits > 0).sum()))
         by_absmax = absmax.argsort(descending=True, stable=True)
         self.outlier_channels = by_absmax[hits[by_absmax].argsort(descending=True, stable=True)][:count].clone()
         self.w_outlier = self.weight[:, self.outlier_channels].t().contiguous()
@@ -241,12 +250,20 @@ class _QuaffProduct(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, w_int8: Tensor, w_scale: Tensor, w_outlier: Tensor, channels: Tensor, smoothing: Tensor
+        ctx: Any,
+        x: Tensor,
+        w_int8: Tensor,
+        w_scale: Tensor,
+        w_outlier: Tensor,
+        channels: Tensor,
+        smoothing: Tensor,
+        activation_max: int,
     ) -> Tensor:
         ctx.save_for_backward(w_int8, w_scale)
+        ctx.activation_max = activation_max
         smoothed = x.clone()
         smoothed[:, channels] /= smoothing
-        x_int8, x_scale = per_token_int8(smoothed)
+        x_int8, x_scale = per_token_int8(smoothed, activation_max)
         y = int8_product(x_int8, w_int8.t()) * (x_scale * w_scale)
         y.addmm_(smoothed[:, channels], (smoothing - 1).unsqueeze(1) * w_outlier)
         return y
@@ -254,13 +271,13 @@ class _QuaffProduct(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         w_int8, w_scale = ctx.saved_tensors
-        g_int8, g_scale = per_token_int8(grad_output)
-        return int8_product(g_int8, w_int8) * (g_scale * w_scale), None, None, None, None, None
+        g_int8, g_scale = per_token_int8(grad_output, ctx.activation_max)
+        return int8_product(g_int8, w_int8) * (g_scale * w_scale), None, None, None, None, None, None
 
 
-def per_token_int8(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns x (T, C) as int8 in ±127 and the scale of each row, (T, 1); a row of zeros has scale 0."""
-    x_scale = x.abs().amax(dim=1, keepdim=True) / 127
+def per_token_int8(x: Tensor, limit: int = 127) -> tuple[Tensor, Tensor]:
+    """Returns x (T, C) as int8 in ±limit and the scale of each row, (T, 1); a row of zeros has scale 0."""
+    x_scale = x.abs().amax(dim=1, keepdim=True) / limit
     return (x / x_scale.clamp(min=torch.finfo(x.dtype).tiny)).round_().to(torch.int8), x_scale
 
 

@@ -1,0 +1,151 @@
+"""What `accuracy.py` measures, and the measuring: which results need which model, and each of them."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import cache
+
+from torch import Tensor, nn
+
+from benchmarks import accuracy_methods as methods
+from benchmarks import accuracy_tasks as tasks
+from benchmarks.accuracy_methods import ADAPTERS, METHODS, Method
+from benchmarks.accuracy_results import Cell
+from benchmarks.accuracy_tasks import Material, Measures, Sizes
+from examples import smollm2
+
+STAGES = ("before", "after", "injected", "adapters")
+TASKS = ("words", "shakespeare", "choices", "gradient", "answers")
+INJECTED_FACTORS = (100, 1000)
+INJECTED_BATCHES = 4
+
+
+@dataclass(frozen=True)
+class Group:
+    """The cells that need one and the same model, in the order in which it gives them."""
+
+    method: Method
+    cells: tuple[Cell, ...]
+
+
+def planned(options: argparse.Namespace) -> list[Group]:
+    """Returns everything to measure; what does not depend on training takes the first seed alone."""
+    found = []
+    for seed in options.seeds:
+        for method in selected_methods(options):
+            for bits in method.bits:
+                found += groups_of_row(method, bits, seed, options)
+    return [group for group in found if group.cells]
+
+
+def groups_of_row(method: Method, bits: int, seed: int, options: argparse.Namespace) -> Iterator[Group]:
+    """Yields the groups of a row of the table with one seed."""
+
+    def cells(adapter: str, stage: str, names: Iterable[str]) -> tuple[Cell, ...]:
+        return tuple(Cell(method.name, bits, adapter, seed, stage, name) for name in names)
+
+    is_first = seed == options.seeds[0]
+    chosen = [task for task in TASKS if task in options.tasks]
+    before = [task for task in chosen if task != "answers" and (task, method.name) != ("gradient", "float32")]
+    after = [task for task in chosen if task != "gradient" and (task != "answers" or options.answers)]
+    wanted: tuple[Cell, ...] = ()
+    if "before" in options.stages and is_first:
+        wanted += cells("LoRA", "before", before)
+    if "after" in options.stages:
+        wanted += cells("LoRA", "after", ["training", *after])
+    yield Group(method, wanted)
+    if "injected" in options.stages and is_first and method.is_stressed and bits == min(method.bits):
+        for factor in INJECTED_FACTORS:
+            yield Group(method, cells("LoRA", f"injected {factor}", ["words"]))
+    if "adapters" in options.stages and is_first and method.is_adapted:
+        for adapter in ADAPTERS:
+            if adapter != "LoRA":
+                before_and_after = cells(adapter, "before", ["words"]) + cells(adapter, "after", ["training", "words"])
+                yield Group(method, before_and_after)
+
+
+def selected_methods(options: argparse.Namespace) -> list[Method]:
+    """The default ones, or those with one of the words in their name; a whole name means that method alone."""
+    if not options.methods:
+        return [method for method in METHODS if method.is_default]
+    names = [method.name for method in METHODS]
+    wanted = {
+        name
+        for word in ["float32", *options.methods]
+        for name in ([word] if word in names else [name for name in names if word in name])
+    }
+    return [method for method in METHODS if method.name in wanted]
+
+
+def sizes(options: argparse.Namespace) -> Sizes:
+    return Sizes(
+        options.max_tokens,
+        options.batch_size,
+        options.steps,
+        options.words,
+        options.windows,
+        options.choices,
+        options.answers,
+    )
+
+
+class Bench:
+    """Measures groups on models that it loads and prepares anew for each."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        _, tokenizer = smollm2.load_model(options.model)
+        self.material = Material(tokenizer, sizes(options))
+        self.float_gradients = cache(self._float_gradients)
+
+    def measure(self, group: Group, missing: set[Cell]) -> Iterator[tuple[Cell, Measures]]:
+        """Yields each missing cell of a group as soon as it is measured."""
+        first = group.cells[0]
+        material = self.material
+        model = self._adapted(first)
+        model = group.method.prepare(model, first.bits, material.calibration(first.seed)).eval()
+        if group.method.config is not None and self.options.eager:
+            methods.without_compiler(model)
+        is_trained = False
+        for cell in group.cells:
+            if (
+                cell.stage == "after"
+                and not is_trained
+                and missing.intersection(group.cells[group.cells.index(cell) :])
+            ):
+                curve = tasks.train(model, material.training(cell.seed), ADAPTERS[cell.adapter].learning_rate)
+                is_trained = True
+            if cell in missing:
+                yield cell, curve if cell.task == "training" else self._measure_task(cell, model)
+
+    def _measure_task(self, cell: Cell, model: nn.Module) -> Measures:
+        material, tokenizer = self.material, self.material.tokenizer
+        if cell.task == "gradient":
+            expected = self.float_gradients(cell.seed)
+            return tasks.gradient_distance(self._gradients(model, cell.seed), expected)
+        if cell.stage.startswith("injected"):
+            return tasks.losses(model, material.words[:INJECTED_BATCHES])
+        measured: dict[str, Callable[[], Measures]] = {
+            "words": lambda: tasks.losses(model, material.words),
+            "shakespeare": lambda: tasks.losses(model, material.shakespeare),
+            "choices": lambda: tasks.choices(model, tokenizer, material.questions),
+            "answers": lambda: tasks.answers(model, tokenizer, material.sizes.answers, 4 * material.sizes.batch_size),
+        }
+        return measured[cell.task]()
+
+    def _adapted(self, cell: Cell) -> nn.Module:
+        model, _ = smollm2.load_model(self.options.model)
+        if cell.stage.startswith("injected"):
+            methods.inject_outliers(model, float(cell.stage.split()[1]))
+        return methods.adapted(model, cell.adapter, cell.seed)
+
+    def _gradients(self, model: nn.Module, seed: int) -> list[Tensor]:
+        methods.randomize_lora(model, seed)
+        found = tasks.gradients(model, self.material.training(seed)[: tasks.GRADIENT_BATCHES])
+        methods.clear_lora(model)
+        return found
+
+    def _float_gradients(self, seed: int) -> list[Tensor]:
+        return self._gradients(self._adapted(Cell("float32", 32, "LoRA", seed, "before", "gradient")), seed)

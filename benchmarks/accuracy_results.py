@@ -1,0 +1,275 @@
+"""The results of `accuracy.py`: a file for each as soon as it is there, and tables, CSV and chart of all of them."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tabulate import tabulate
+from torch import Tensor
+
+from benchmarks.accuracy_tasks import Measures
+
+RESAMPLES = 4000
+
+
+class SettingsError(Exception):
+    """The output folder holds results that were measured with other options."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One result: a task with one method at one stage of one training.
+
+    Attributes:
+        method, bits: a row of the table. adapter: one of `ADAPTERS`. seed: of adapter, calibration and training data.
+        stage: "before" or "after" training; or "injected 100", outliers 100 times as large before training.
+        task: one of `TASKS`, or "training", the loss of each step.
+    """
+
+    method: str
+    bits: int
+    adapter: str
+    seed: int
+    stage: str
+    task: str
+
+    @property
+    def file_name(self) -> str:
+        words = (self.method, self.bits, self.adapter, f"seed {self.seed}", self.stage, self.task)
+        return "_".join(re.sub(r"\W+", "-", str(word)).strip("-") for word in words) + ".json"
+
+
+class Store:
+    """The folder of finished cells.
+
+    A cell appears in one piece or not at all. It counts as finished only for the config that it was measured with.
+
+    Raises:
+        SettingsError: the folder holds results of other settings.
+    """
+
+    def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
+        self.folder = folder / "cells"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        file = folder / "settings.json"
+        if file.is_file():
+            stored = json.loads(file.read_text())
+            changes = [
+                f"{name} {stored.get(name)!r}, now {settings.get(name)!r}"
+                for name in sorted(stored.keys() | settings.keys())
+                if stored.get(name) != settings.get(name)
+            ]
+            if changes:
+                raise SettingsError(
+                    f"{folder}: holds results of other options ({'; '.join(changes)}), expected the same. "
+                    "Name another folder or the same options."
+                )
+        else:
+            _write(file, settings)
+
+    def load(self, cell: Cell, config: object) -> Measures | None:
+        """Returns what was measured, None if it was not, or with another configuration."""
+        file = self.folder / cell.file_name
+        if not file.is_file():
+            return None
+        stored = json.loads(file.read_text())
+        is_same = stored["cell"] == asdict(cell) and stored["config"] == _plain(config)
+        return stored["measures"] if is_same else None
+
+    def save(self, cell: Cell, config: object, measures: Measures) -> None:
+        _write(self.folder / cell.file_name, {"cell": asdict(cell), "config": _plain(config), "measures": measures})
+
+
+def _plain(value: object) -> Any:
+    """What JSON makes of a value."""
+    return json.loads(json.dumps(value, default=dict))
+
+
+def _write(file: Path, content: object) -> None:
+    incomplete = file.with_name(f"{file.name}.incomplete")
+    incomplete.write_text(json.dumps(content, indent=1) + "\n")
+    incomplete.replace(file)
+
+
+# --- numbers -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean with its uncertainty.
+
+    Attributes:
+        error: standard error over windows, of their means over seeds. low, high: interval of 95 %, from drawing windows
+            and seeds anew. by_seed: the mean of each seed. count: of windows.
+    """
+
+    mean: float
+    error: float
+    low: float
+    high: float
+    by_seed: tuple[float, ...]
+    count: int
+
+    @property
+    def is_resolved(self) -> bool:
+        """Whether the interval excludes zero."""
+        return self.low > 0 or self.high < 0
+
+    def __str__(self) -> str:
+        return f"{self.mean:+.4f} ± {self.error:.4f}"
+
+
+def estimate(values: Iterable[list[float]]) -> Estimate:
+    """Returns the estimate of values by seed and window; every seed has the same windows."""
+    table = torch.tensor(list(values), dtype=torch.float64)
+    seeds, windows = table.shape
+    by_window = table.mean(dim=0)
+    error = (by_window.std() / windows**0.5).item() if windows > 1 else float("nan")
+    generator = torch.Generator().manual_seed(0)
+
+    def drawn(size: int) -> Tensor:
+        """How often each of `size` comes up when `size` are drawn, as shares, (RESAMPLES, size)."""
+        picks = torch.randint(size, (RESAMPLES, size), generator=generator)
+        return torch.zeros(RESAMPLES, size, dtype=torch.float64).scatter_add_(
+            1, picks, torch.full(picks.shape, 1 / size, dtype=torch.float64)
+        )
+
+    means = torch.einsum("rs,sw,rw->r", drawn(seeds), table, drawn(windows))
+    low, high = means.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return Estimate(table.mean().item(), error, low, high, tuple(table.mean(dim=1).tolist()), windows)
+
+
+Results = dict[Cell, Measures]
+
+
+@dataclass(frozen=True)
+class Row:
+    """A number of the CSV: a measure of one method at one stage, or its paired difference to `reference`."""
+
+    method: str
+    bits: int
+    adapter: str
+    stage: str
+    task: str
+    measure: str
+    value: Estimate
+
+
+def rows(results: Results) -> list[Row]:
+    """Returns every number of every table, in the order of the results."""
+    groups: dict[tuple[Any, ...], dict[int, Measures]] = {}
+    for cell, measures in results.items():
+        key = (cell.method, cell.bits, cell.adapter, cell.stage, cell.task)
+        groups.setdefault(key, {})[cell.seed] = measures
+    found = []
+    for (method, bits, adapter, stage, task), by_seed in groups.items():
+        for measure in next(iter(by_seed.values())):
+            if measure != "choice":
+                value = estimate(measures[measure] for measures in by_seed.values())
+                found.append(Row(method, bits, adapter, stage, task, measure, value))
+        differences = [
+            ("Δ", ("float32", 32, adapter, stage, task)),
+            # Outliers that change nothing in float: what they cost is the loss over the same method without them.
+            ("added", (method, bits, adapter, "before", task) if stage.startswith("injected") else None),
+        ]
+        for word, reference in differences:
+            others = groups.get(reference or (), {})
+            seeds = [seed for seed in by_seed if seed in others]
+            if not seeds or reference == (method, bits, adapter, stage, task):
+                continue
+            for measure in next(iter(by_seed.values())):
+                pairs = [(by_seed[seed][measure], others[seed][measure]) for seed in seeds]
+                if measure == "choice":
+                    agreement = estimate([float(a == b) for a, b in zip(*pair, strict=True)] for pair in pairs)
+                    found.append(Row(method, bits, adapter, stage, task, "agreement", agreement))
+                elif task == "training":
+                    value = estimate([abs(a - b) for a, b in zip(*pair, strict=True)] for pair in pairs)
+                    found.append(Row(method, bits, adapter, stage, task, f"distance of {measure}", value))
+                else:
+                    # The stress test takes the first of the windows.
+                    value = estimate([a - b for a, b in zip(*pair, strict=False)] for pair in pairs)
+                    found.append(Row(method, bits, adapter, stage, task, f"{word} {measure}", value))
+    return found
+
+
+# --- tables ------------------------------------------------------------------------------------------------------
+
+
+def table(found: list[Row], columns: dict[str, tuple[str, str, str]], adapters: list[str]) -> str:
+    """Returns a table of the rows that have any of the columns: header → (stage, task, measure).
+
+    In a column of differences to float32, its own row has the measure itself.
+    """
+    by_key = {(r.method, r.bits, r.adapter, r.stage, r.task, r.measure): r.value for r in found}
+    lines = []
+    for row in dict.fromkeys((r.method, r.bits, r.adapter) for r in found if r.adapter in adapters):
+        texts = []
+        for stage, task, measure in columns.values():
+            shown = measure.removeprefix("Δ ") if row[0] == "float32" else measure
+            texts.append(formatted(by_key.get((*row, stage, task, shown)), shown))
+        if any(texts):
+            lines.append([*row[: 3 if len(adapters) > 1 else 2], *texts])
+    headers = ["method", "bits", *(["adapter"] if len(adapters) > 1 else []), *columns]
+    return tabulate(lines, headers=headers, disable_numparse=True) if lines else ""
+
+
+def formatted(value: Estimate | None, measure: str) -> str:
+    """Returns the cell of a table; a difference has a star where its interval excludes zero."""
+    if value is None:
+        return ""
+    if measure.startswith(("Δ", "added")):
+        spread = ""
+        if len(value.by_seed) > 1:
+            spread = f" ({min(value.by_seed):+.4f} to {max(value.by_seed):+.4f})"
+        return f"{value}{spread}{' *' if value.is_resolved else ''}"
+    return f"{value.mean:.4f}"
+
+
+def write_csv(found: list[Row], path: Path) -> None:
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        place = ["method", "bits", "adapter", "stage", "task", "measure"]
+        writer.writerow([*place, "mean", "standard_error", "low_95", "high_95", "windows", "seeds", "by_seed"])
+        for row in found:
+            value = row.value
+            numbers = [f"{number:.6g}" for number in (value.mean, value.error, value.low, value.high)]
+            by_seed = " ".join(f"{mean:.6g}" for mean in value.by_seed)
+            writer.writerow(
+                [*(getattr(row, name) for name in place), *numbers, value.count, len(value.by_seed), by_seed]
+            )
+
+
+def write_chart(found: list[Row], title: str, path: Path) -> str | None:
+    """Draws the difference of the held-out loss to float32 before and after training; returns why not, if it cannot."""
+    try:
+        import matplotlib
+    except ImportError:
+        return "no chart: matplotlib is not installed"
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    wanted = [r for r in found if r.adapter == "LoRA" and r.measure == "Δ loss" and r.task == "words"]
+    stages = {stage: [r for r in wanted if r.stage == stage] for stage in ("before", "after")}
+    names = list(dict.fromkeys(f"{r.method}, {r.bits} bits" for r in wanted))[::-1]
+    if not names:
+        return "no chart: nothing to compare with float32"
+    figure, axes = pyplot.subplots(figsize=(9, 1.5 + 0.4 * len(names)), layout="constrained")
+    for (stage, shown), color, shift in zip(stages.items(), ("#4477aa", "#cc6677"), (0.12, -0.12), strict=True):
+        means = [r.value.mean for r in shown]
+        ends = [[r.value.mean - r.value.low for r in shown], [r.value.high - r.value.mean for r in shown]]
+        places = [names.index(f"{r.method}, {r.bits} bits") + shift for r in shown]
+        axes.errorbar(means, places, xerr=ends, fmt="o", color=color, capsize=3, label=f"{stage} fine-tuning")
+    axes.set_yticks(range(len(names)), names)
+    axes.axvline(0, color="#bbbbbb", zorder=0)
+    axes.set(title=title, xlabel="held-out loss over float32, nats per token, with 95 % intervals")
+    axes.legend()
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+    return None
