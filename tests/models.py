@@ -6,10 +6,16 @@ from dataclasses import dataclass, field
 
 import torch
 from peft import LoraConfig, get_peft_model
+from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
+from tokenizers import models as tokenizer_models
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 VOCABULARY = 80
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 
 
 def token_ids(batch: int = 2, tokens: int = 24, seed: int = 1) -> Tensor:
@@ -69,3 +75,20 @@ def cosine(left: dict[str, Tensor], right: dict[str, Tensor]) -> float:
 def int8_products(graphs: tuple[str, ...]) -> list[int]:
     """How many int8 products each lowered graph holds."""
     return [graph.count("torch.ops.quaff.int8_linear.default(") for graph in graphs]
+
+
+def trained_tokenizer(texts: list[str]) -> PreTrainedTokenizerBase:
+    """A byte-level tokenizer of 512 tokens with a chat template; it pads with its end-of-turn token."""
+    bpe = Tokenizer(tokenizer_models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=512,
+        special_tokens=["<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|im_end|>", chat_template=CHAT_TEMPLATE
+    )

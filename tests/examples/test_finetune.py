@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -21,29 +20,15 @@ import smollm2  # noqa: E402
 import word_problems  # noqa: E402
 from measurements import Measurements, comparison_table, frozen_weight_bytes  # noqa: E402
 
+from tests.models import trained_tokenizer  # noqa: E402
+
 MAX_TOKENS = 256
-CHAT_TEMPLATE = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 
 
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerBase:
     """A byte-level tokenizer of 512 tokens, learnt from held-out problems; it pads with its end-of-turn token."""
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=512,
-        special_tokens=["<|im_start|>", "<|im_end|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    bpe.train_from_iterator([problem.question for problem in word_problems.held_out_problems(200)], trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|im_end|>", chat_template=CHAT_TEMPLATE
-    )
+    return trained_tokenizer([problem.question for problem in word_problems.held_out_problems(200)])
 
 
 def tiny_llama() -> LlamaForCausalLM:
