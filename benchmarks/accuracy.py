@@ -1,7 +1,7 @@
 """As good as full precision? Fine-tuning on frozen weights in int8 beside float32 and other ways of quantizing.
 
-    python benchmarks/accuracy.py                               # SmolLM2-135M, about half an hour on two cores
-    python benchmarks/accuracy.py --seeds 0 1 2 --steps 60      # more trainings, longer ones
+    python benchmarks/accuracy.py                               # SmolLM2-135M, some 35 minutes on two cores
+    python benchmarks/accuracy.py --seeds 0 1 2 3               # more trainings, beside those that are there
     python benchmarks/accuracy.py --methods quaff_fx "plain W8A8" --stages before --eager
     python benchmarks/accuracy.py --model my/model --output runs/my-model
 
@@ -9,7 +9,7 @@ Everything is compared with float32 in pairs: the same held-out problem, window 
 the adapter, the same training problems. Nothing that is measured was trained or calibrated on.
 
     before     fine-tuning: held-out word problems, Shakespeare, MMLU's example questions, the gradient of the adapters
-    after      LoRA fine-tuning on word problems, each seed a training of its own
+    after      LoRA fine-tuning on word problems, once for each seed: of adapter, calibration and training problems
     injected   outliers that change nothing in float32, at the fewest bits
     adapters   prompt tuning, P-tuning and IA³ beside LoRA
 
@@ -147,7 +147,7 @@ def parse_options(arguments: list[str]) -> argparse.Namespace:
     add("--methods", nargs="+", metavar="WORDS", help="those with one of these in their name, and float32")
     add("--stages", nargs="+", choices=STAGES, default=list(STAGES), help="(default: all)")
     add("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="(default: all)")
-    add("--seeds", nargs="+", type=int, default=[0], help="of adapter, calibration and training data (default: 0)")
+    add("--seeds", nargs="+", type=int, default=[0, 1], help="a training for each (default: 0 1)")
     add("--steps", type=int, default=24, help="of fine-tuning (default: %(default)s)")
     add("--batch-size", type=int, default=2, help="problems in a step (default: %(default)s)")
     add("--max-tokens", type=int, default=192, help="in a problem or window (default: %(default)s)")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -102,6 +103,7 @@ class Bench:
 
     def measure(self, group: Group, missing: set[Cell]) -> Iterator[tuple[Cell, Measures]]:
         """Yields each missing cell of a group as soon as it is measured."""
+        gc.collect()  # compiled models are held in cycles
         first = group.cells[0]
         material = self.material
         model = self._adapted(first)
