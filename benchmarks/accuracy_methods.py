@@ -150,7 +150,7 @@ def without_compiler(model: nn.Module) -> nn.Module:
 
 
 PAPER = {"smoothing": "momentum", "outlier_rule": "mean_multiple", "outlier_budget": 0.01}
-SQUARE_ROOT = {"smoothing": "momentum"}
+SQUARE_ROOT = {"smoothing": "momentum", "outlier_budget": 0.01}
 
 CONFIGS: dict[str, Mapping[str, object]] = {
     "quaff_fx: Quaff's formulas": PAPER,
@@ -160,11 +160,16 @@ CONFIGS: dict[str, Mapping[str, object]] = {
 
 ABLATIONS: dict[str, Mapping[str, object]] = {
     "quaff_fx: no outlier channels": {"outlier_budget": 0.0},
-    "quaff_fx: √ scale, largest 1 %": SQUARE_ROOT | {"outlier_budget": 0.01},
-    "quaff_fx: √ scale, largest 3 %": SQUARE_ROOT,
-    "quaff_fx: split, largest 1 %": {"outlier_budget": 0.01},
-    "quaff_fx: split, largest 5 %": {"outlier_budget": 0.05},
-    "quaff_fx: split, down_proj in float": {"exclude": ("lm_head", "down_proj")},
+    "quaff_fx: outlier channels 0.5 %": {"outlier_budget": 0.005},
+    "quaff_fx: outlier channels 3 %": {"outlier_budget": 0.03},
+    "quaff_fx: not rotated": {"rotation": 1},
+    "quaff_fx: not rotated, outlier channels 3 %": {"rotation": 1, "outlier_budget": 0.03},
+    "quaff_fx: rotated by 16": {"rotation": 16},
+    "quaff_fx: rotated by 256": {"rotation": 256},
+    "quaff_fx: √ scale, largest 1 %": SQUARE_ROOT,
+    "quaff_fx: √ scale, largest 1 %, rotated": SQUARE_ROOT | {"rotation": 64},
+    "quaff_fx: √ scale, largest 3 %": SQUARE_ROOT | {"outlier_budget": 0.03},
+    "quaff_fx: down_proj in float": {"exclude": ("lm_head", "down_proj")},
 }
 """Those that are measured when `--methods` names them."""
 
