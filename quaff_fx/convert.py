@@ -9,6 +9,7 @@ import warnings
 import weakref
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -20,21 +21,40 @@ from quaff_fx.errors import CalibrationError, QuaffWarning
 from quaff_fx.kernels import product
 from quaff_fx.ops import STATIC_MOMENTUM
 from quaff_fx.sites import Site
-from quaff_fx.state import LoadedWeight, ObservedWeight, OutlierState, QuantizedWeight
+from quaff_fx.state import LoadedWeight, ObservedWeight, OutlierState, QuantizedWeight, WeightState
+
+
+def weight_state(site: Site) -> WeightState:
+    """Returns the state of the weight of a site that is observed or quantized."""
+    return state.states_of(site.module)[site.parameter]
 
 
 def observed(site: Site) -> ObservedWeight:
     """Returns the statistics of a site that is being observed."""
-    weight_state = state.states_of(site.module)[site.parameter]
-    statistics = weight_state.observer if isinstance(weight_state, LoadedWeight) else weight_state
+    weight = weight_state(site)
+    statistics = weight.observer if isinstance(weight, LoadedWeight) else weight
     assert isinstance(statistics, ObservedWeight)
     return statistics
 
 
 def loaded(site: Site) -> LoadedWeight | None:
     """Returns the weight of a site that was loaded as int8, None of any other."""
-    weight_state = state.states_of(site.module).get(site.parameter)
-    return weight_state if isinstance(weight_state, LoadedWeight) else None
+    weight = state.states_of(site.module).get(site.parameter)
+    return weight if isinstance(weight, LoadedWeight) else None
+
+
+def float_weight(site: Site) -> nn.Parameter:
+    """Returns the weight of an observed site that was not loaded as int8."""
+    weight = site.module._parameters[site.parameter]
+    assert weight is not None
+    return weight
+
+
+def quantized(site: Site) -> QuantizedWeight:
+    """Returns the weight of a site that is quantized."""
+    weight = weight_state(site)
+    assert isinstance(weight, QuantizedWeight)
+    return weight
 
 
 def stop_observing(site: Site) -> None:
@@ -45,16 +65,45 @@ def stop_observing(site: Site) -> None:
         state.restore(site.module, site.parameter)
 
 
-def convert(sites: Sequence[Site], config: QuaffConfig) -> None:
-    """Makes every observed site quantized, one by one, so that never more than one weight exists twice.
+@dataclass(frozen=True)
+class Choice:
+    """How one weight becomes int8.
 
-    A site that no linear read gets its reason and the weight it had. Of a weight that was loaded as int8 only the
-    outlier columns are read, all of them before anything is changed. Statistics are summed over all ranks of a
-    distributed run first, so that every rank chooses the same channels.
+    Attributes:
+        in_dim: the dimension of the parameter that its product reduces over.
+        outliers: the state of its activation, shared with the sites that read the same one. activation_max: Q.
+        rotation: the block that weight and activation are rotated with.
+    """
+
+    site: Site
+    in_dim: int
+    outliers: OutlierState
+    activation_max: int
+    rotation: int
+
+
+@dataclass
+class Plan:
+    """What becomes of the observed weights: chosen from their statistics, or as it was in a run that is resumed.
+
+    Attributes:
+        choices: of the weights that become int8, in order. left_alone: the other sites, each with its reason.
+        columns: the float outlier columns (N, O) of weights that were loaded as int8, by weight name.
+    """
+
+    choices: list[Choice] = field(default_factory=list)
+    left_alone: list[tuple[Site, str]] = field(default_factory=list)
+    columns: dict[str, Tensor] = field(default_factory=dict)
+
+
+def choose(sites: Sequence[Site], config: QuaffConfig) -> Plan:
+    """Returns what is to become of every observed site; one that no linear read is left alone.
+
+    Statistics are summed over all ranks of a distributed run first, so that every rank chooses the same channels.
 
     Raises:
-        CalibrationError: no linear read any of the sites; nothing is converted then.
-        CheckpointError: the file of a loaded weight has changed or vanished; nothing is converted then.
+        CalibrationError: no linear read any of the sites.
+        CheckpointError: the file of a weight that was loaded as int8 has changed or vanished.
     """
     sites = [site for site in sites if not site.reason]
     for int8 in map(loaded, sites):
@@ -68,32 +117,41 @@ def convert(sites: Sequence[Site], config: QuaffConfig) -> None:
             "Look at quaff_fx.graphs(model) to see what was captured."
         )
     read = [site for site in sites if not reasons[site.weight_name]]
-    groups = _groups(read) if config.is_sharing else [[site] for site in read]
-    columns: dict[str, Tensor] = {}
-    outlier_states = [_outlier_state(group, config, columns) for group in groups]
-    for site in sites:
-        site.reason = reasons[site.weight_name]
-        if site.reason:
-            stop_observing(site)
+    plan = Plan(left_alone=[(site, reason) for site in sites if (reason := reasons[site.weight_name])])
+    for group in _groups(read) if config.is_sharing else [[site] for site in read]:
+        outliers = _outlier_state(group, config, plan.columns)
+        q = product.activation_max(config.activation_bits, outliers.outlier_channels.device)
+        rotation = numerics.rotation_block(in_features(group[0]), config.largest_rotation)
+        plan.choices += [Choice(site, int(observed(site).in_dim_seen), outliers, q, rotation) for site in group]
+    return plan
 
+
+def apply(plan: Plan, *, progress: bool) -> None:
+    """Carries out `plan`: makes its sites quantized, one by one, so that never more than one weight exists twice.
+
+    Nothing can fail in the middle: all that has to be read was read for the plan.
+    """
+    for site, reason in plan.left_alone:
+        site.reason = reason
+        stop_observing(site)
     held: list[tuple[str, weakref.ref[Tensor]]] = []
-    with tqdm(total=len(read), desc="quaff_fx: converting", disable=not config.progress, leave=False) as bar:
-        for group, outliers in zip(groups, outlier_states, strict=True):
-            q = product.activation_max(config.activation_bits, outliers.outlier_channels.device)
-            for site in group:
-                if (int8 := loaded(site)) is not None:
-                    quantized = QuantizedWeight.of_loaded(int8, columns.pop(site.weight_name), outliers, q)
-                else:
-                    weight = site.module._parameters[site.parameter]
-                    assert weight is not None
-                    held.append((site.weight_name, weakref.ref(weight)))
-                    rotation = numerics.rotation_block(in_features(site), config.largest_rotation)
-                    quantized = QuantizedWeight(weight, int(observed(site).in_dim_seen), outliers, q, rotation)
-                    del weight
-                state.attach(site.module, state.states_of(site.module) | {site.parameter: quantized})
-                bar.update()
+    for choice in tqdm(plan.choices, desc="quaff_fx: converting", disable=not progress, leave=False):
+        site = choice.site
+        if loaded(site) is None:
+            held.append((site.weight_name, weakref.ref(float_weight(site))))
+        weight = converted(choice, plan.columns.pop(site.weight_name, None))
+        state.attach(site.module, state.states_of(site.module) | {site.parameter: weight})
     _warn_of_held_weights(held)
     _return_freed_memory()
+
+
+def converted(choice: Choice, columns: Tensor | None = None) -> QuantizedWeight:
+    """Returns what the weight of a site becomes; `columns` are those of one that was loaded as int8."""
+    if (int8 := loaded(choice.site)) is None:
+        weight = float_weight(choice.site)
+        return QuantizedWeight(weight, choice.in_dim, choice.outliers, choice.activation_max, choice.rotation)
+    assert columns is not None
+    return QuantizedWeight.of_loaded(int8, columns, choice.outliers, choice.activation_max)
 
 
 def _reason_not_read(site: Site) -> str:
@@ -104,10 +162,7 @@ def _reason_not_read(site: Site) -> str:
         return "not only linears over one dimension read it"
     if loaded(site) is not None:
         return ""
-    weight = site.module._parameters[site.parameter]
-    if weight is not None and not bool(torch.isfinite(weight).all()):
-        return "weight has non-finite values"
-    return ""
+    return "" if bool(torch.isfinite(float_weight(site)).all()) else "weight has non-finite values"
 
 
 def in_features(site: Site) -> int:
@@ -171,9 +226,7 @@ def _outlier_state(group: list[Site], config: QuaffConfig, columns: dict[str, Te
             columns[site.weight_name] = int8.columns(channels)
             absmaxes.append(columns[site.weight_name].abs().amax(dim=0).float())
             continue
-        weight = site.module._parameters[site.parameter]
-        assert weight is not None
-        in_dim = int(observed(site).in_dim_seen)
+        weight, in_dim = float_weight(site), int(observed(site).in_dim_seen)
         absmaxes.append(weight.detach().index_select(in_dim, channels).abs().amax(dim=1 - in_dim).float())
     w_absmax = torch.stack(absmaxes).log().mean(dim=0).exp()
     if config.smoothing == "split":

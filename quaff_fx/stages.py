@@ -13,6 +13,7 @@ from tqdm import tqdm
 from quaff_fx import calls, convert, state
 from quaff_fx.backend import CompiledGraph, ObserveBackend, QuantizeBackend
 from quaff_fx.config import QuaffConfig
+from quaff_fx.convert import Plan
 from quaff_fx.errors import CalibrationError
 from quaff_fx.sites import Site
 from quaff_fx.state import LoadedWeight, ObservedWeight, OutlierState, QuantizedWeight, WeightState
@@ -107,10 +108,14 @@ class Stages:
             self._show_progress()
         return result
 
-    def convert(self) -> None:
-        """Makes the observed weights int8 and swaps the backend; the next call of each block compiles it anew."""
+    def convert(self, plan: Plan | None = None) -> None:
+        """Makes the observed weights int8 and swaps the backend; the next call of each block compiles it anew.
+
+        Args:
+            plan: what becomes of each weight; None: what the statistics say.
+        """
         self._close_bar()
-        convert.convert(self.sites, self.config)
+        convert.apply(plan or convert.choose(self.sites, self.config), progress=self.config.progress)
         self.stage = "quantize"
         self._install()
         if self.config.progress:
@@ -164,7 +169,10 @@ class Stages:
     def _show_progress(self) -> None:
         if self._bar is None:
             total = self.config.calibration_steps
-            self._bar = tqdm(total=total, desc="quaff_fx: calibrating", disable=not self.config.progress, leave=False)
+            done = self.steps - 1
+            self._bar = tqdm(
+                total=total, initial=done, desc="quaff_fx: calibrating", disable=not self.config.progress, leave=False
+            )
         self._bar.update()
         if self.steps >= self.config.calibration_steps:
             self._close_bar()
