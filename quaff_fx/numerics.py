@@ -221,7 +221,7 @@ def stable_outlier_channels(hits: Tensor, absmax: Tensor, count: int) -> Tensor:
     """
     by_absmax = torch.argsort(absmax, descending=True, stable=True)
     by_hits = torch.argsort(hits[by_absmax], descending=True, stable=True)
-    return by_absmax[by_hits][:count].contiguous()
+    return by_absmax[by_hits][:count].clone()  # a slice would keep all of it, and safetensors refuses shared slices
 
 
 def outlier_count(in_features: int, budget: float) -> int:
