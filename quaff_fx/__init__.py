@@ -17,5 +17,9 @@ from quaff_fx.errors import QuaffError as QuaffError
 from quaff_fx.errors import QuaffWarning as QuaffWarning
 from quaff_fx.explain import explain as explain
 from quaff_fx.graphs import graphs as graphs
+from quaff_fx.snapshot import load_state as load_state
+from quaff_fx.snapshot import load_state_dict as load_state_dict
+from quaff_fx.snapshot import save_state as save_state
+from quaff_fx.snapshot import state_dict as state_dict
 
 __version__ = "0.1.0"

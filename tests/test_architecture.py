@@ -27,6 +27,7 @@ ORDER = (
     "decompositions",
     "int8_weight",
     "stored_tensor",
+    "saved_state",
     "state",
     "sites",
     "checkpoint",
@@ -45,6 +46,7 @@ ORDER = (
     "calls",
     "stages",
     "api",
+    "snapshot",
     "explain",
     "graphs",
 )
