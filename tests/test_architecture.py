@@ -47,6 +47,7 @@ ORDER = (
     "stages",
     "api",
     "snapshot",
+    "trainer",
     "explain",
     "graphs",
 )
