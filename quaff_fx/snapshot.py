@@ -67,8 +67,9 @@ def save_state(model: nn.Module, folder_or_file: PathLike) -> Path:
     Raises:
         ConfigError, CheckpointError: as `state_dict`.
     """
-    path = _path(folder_or_file)
-    _taken_from(model).write(path)
+    path, saved = _path(folder_or_file), _taken_from(model)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    saved.write(path)
     return path
 
 

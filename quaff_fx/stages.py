@@ -91,7 +91,8 @@ class Stages:
             self._uninstall_calls()
             raise CalibrationError(
                 "forward: reached none of the compiled blocks, expected all. Nothing was changed. Call the model that "
-                "was given to compile, or choose scope='model'; torch.compile must not be disabled."
+                "was given to compile, or choose scope='model'; torch.compile must not be disabled, nor be put "
+                "around the model again (as torch_compile=True of the Trainer does)."
             )
         finite = torch.stack([torch.isfinite(observer.step_absmax).all() for observer in observers.values()]).tolist()
         for name, is_finite in zip(observers, finite, strict=True):

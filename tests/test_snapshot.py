@@ -201,9 +201,9 @@ def test_a_file_gives_back_what_was_written(recorded: Recorded, tmp_path: Path, 
     model = compiled()
     quaff_fx.load_state_dict(model, recorded.states[step])
     assert quaff_fx.save_state(model, tmp_path) == tmp_path / FILE
-    assert quaff_fx.save_state(model, tmp_path / "other.safetensors") == tmp_path / "other.safetensors"
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["other.safetensors", FILE]
-    for path in (tmp_path, tmp_path / FILE, tmp_path / "other.safetensors"):
+    assert quaff_fx.save_state(model, tmp_path / "new" / "a.safetensors") == tmp_path / "new" / "a.safetensors"
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["a.safetensors", "new", FILE]
+    for path in (tmp_path, tmp_path / FILE, tmp_path / "new" / "a.safetensors"):
         again = compiled()
         quaff_fx.load_state(again, path)
         assert_equal(quaff_fx.state_dict(again), recorded.states[step])
