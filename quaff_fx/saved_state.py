@@ -27,11 +27,12 @@ METADATA = "metadata"
 
 STATISTICS = ("hits", "absmax_sum")
 OUTLIERS = ("outlier_channels", "outlier_w_absmax", "smoothing_scale", "next_smoothing_scale")
+NUMBERS = ("in_dim", "activation_max", "rotation")
 
 _WEIGHT = {"shape": list, "dtype": str, "crc32": int}
 _ENTRIES = {
     "observe": _WEIGHT | {"in_dim_seen": int, "steps": int},
-    "quantize": _WEIGHT | {"in_dim": int, "activation_max": int, "outliers": int},
+    "quantize": _WEIGHT | {"in_dim": int, "activation_max": int, "rotation": int, "outliers": int},
 }
 _FIELDS = {"format": int, "stage": str, "steps": int, "config": dict, "sites": dict, "left_alone": dict}
 _DO = "Pass what quaff_fx.state_dict, save_state or QuaffCallback gave, unchanged."
@@ -44,7 +45,7 @@ class SavedState:
     Attributes:
         steps: calibration steps done. config: that of `compile`, as JSON has it.
         sites: by weight name: shape, dtype and checksum of the weight, and ``in_dim_seen`` and ``steps`` of its
-            statistics or ``in_dim``, ``activation_max`` and the number of its group in ``outliers``. Sites of a group
+            statistics, or `NUMBERS` of the int8 weight and the number of its group in ``outliers``. Sites of a group
             share one outlier state.
         left_alone: the reason, by weight name, of every other matrix.
         tensors: ``<weight name>.<one of STATISTICS>``, or ``outliers.<group>.<one of OUTLIERS>``; on the CPU.
@@ -166,6 +167,11 @@ class SavedState:
             raise CheckpointError(
                 f"{name}: has in_dim {entry['in_dim']} and activation_max {entry['activation_max']} in the state, "
                 f"expected 0 or 1 and 63 or 127. {_DO}"
+            )
+        if entry["rotation"] < 1 or self.in_features(name) % entry["rotation"] or entry["rotation"].bit_count() != 1:
+            raise CheckpointError(
+                f"{name}: has rotation {entry['rotation']} in the state, expected a power of two that divides its "
+                f"{self.in_features(name)} in_features. {_DO}"
             )
         group = f"outliers.{entry['outliers']}"
         size = self.tensors[f"{group}.outlier_channels"].numel()

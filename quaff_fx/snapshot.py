@@ -23,7 +23,7 @@ from quaff_fx.config import QuaffConfig
 from quaff_fx.convert import Choice, Plan
 from quaff_fx.errors import CheckpointError
 from quaff_fx.ops import STATIC_MOMENTUM
-from quaff_fx.saved_state import OUTLIERS, STATISTICS, SavedState
+from quaff_fx.saved_state import NUMBERS, OUTLIERS, STATISTICS, SavedState
 from quaff_fx.sites import Site
 from quaff_fx.stages import Stages
 from quaff_fx.state import LoadedWeight, ObservedWeight, OutlierState, QuantizedWeight
@@ -138,7 +138,7 @@ def _choice(site: Site, groups: dict[int, int], tensors: dict[str, Tensor]) -> d
     quantized = convert.quantized(site)
     group = groups.setdefault(id(quantized.outliers), len(groups))
     tensors |= {f"outliers.{group}.{name}": getattr(quantized.outliers, name) for name in OUTLIERS}
-    numbers = {"in_dim": quantized.in_dim, "activation_max": quantized.activation_max, "outliers": group}
+    numbers = {name: getattr(quantized, name) for name in NUMBERS} | {"outliers": group}
     return _form(site) | {"crc32": _checksum(quantized)} | numbers
 
 
@@ -211,7 +211,7 @@ def _plan(stages: Stages, saved: SavedState) -> Plan:
         group = entry["outliers"]
         if group not in groups:
             groups[group] = _outlier_state(saved, group, convert.observed(site).in_dim_seen.device, stages.config)
-        choice = Choice(site, entry["in_dim"], groups[group], entry["activation_max"])
+        choice = Choice(site, outliers=groups[group], **{name: entry[name] for name in NUMBERS})
         if (int8 := convert.loaded(site)) is not None:
             _check_checksum(site, int8, saved)
             plan.columns[site.weight_name] = int8.columns(choice.outliers.outlier_channels)
@@ -243,7 +243,7 @@ def _bring_back_smoothing_scales(stages: Stages, saved: SavedState) -> None:
             groups.setdefault(group, outliers) is outliers
             and numbers.setdefault(id(outliers), group) == group
             and torch.equal(outliers.outlier_channels.cpu(), channels)
-            and (quantized.in_dim, quantized.activation_max) == (entry["in_dim"], entry["activation_max"])
+            and all(getattr(quantized, name) == entry[name] for name in NUMBERS)
         )
         if not is_same:
             raise CheckpointError(

@@ -436,6 +436,8 @@ class TestDamaged:
             (lambda m: m["sites"][LAYER].update(shape=[48, "48"]), "expected two sizes"),
             (lambda m: m["sites"][LAYER].update(in_dim=2), "has in_dim 2 and activation_max"),
             (lambda m: m["sites"][LAYER].update(activation_max=255), "and activation_max 255 in the state"),
+            (lambda m: m["sites"][LAYER].update(rotation=3), "q_proj.weight: has rotation 3 in the state"),
+            (lambda m: m["sites"][LAYER].update(rotation=0), "q_proj.weight: has rotation 0 in the state"),
             (lambda m: m["sites"][LAYER].update(outliers=99), r"outliers\.99\.\w+: is missing in the state"),
             (lambda m: m["sites"].pop(LAYER), "q_proj.weight: is not in the state"),
         ],
