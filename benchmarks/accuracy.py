@@ -36,7 +36,7 @@ from transformers.utils.logging import disable_progress_bar
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.accuracy_bench import INJECTED_FACTORS, STAGES, TASKS, Bench, planned, sizes  # noqa: E402
+from benchmarks.accuracy_bench import INJECTED_FACTORS, STAGES, TASKS, Bench, planned, sizes, stored  # noqa: E402
 from benchmarks.accuracy_methods import ADAPTERS, METHODS  # noqa: E402
 from benchmarks.accuracy_results import (  # noqa: E402
     Results,
@@ -80,12 +80,14 @@ COLUMNS: dict[str, dict[str, tuple[str, str, str]]] = {
 
 def measure_all(options: argparse.Namespace, store: Store) -> tuple[Results, dict[str, str]]:
     """Returns all results, stored ones and new ones, and the reason for each row that is missing."""
-    groups = planned(options)
-    stored = {cell: store.load(cell, group.method.config) for group in groups for cell in group.cells}
-    found: Results = {cell: measures for cell, measures in stored.items() if measures is not None}
+    groups = stored(options, store) if options.report else planned(options)
+    known = {cell: store.load(cell, group.method.config) for group in groups for cell in group.cells}
+    found: Results = {cell: measures for cell, measures in known.items() if measures is not None}
     reasons: dict[str, str] = {}
-    with tqdm(total=len(stored), initial=len(found), unit="result") as bar:
-        bench = Bench(options) if len(found) < len(stored) else None
+    if options.report:
+        return found, reasons
+    with tqdm(total=len(known), initial=len(found), unit="result") as bar:
+        bench = Bench(options) if len(found) < len(known) else None
         for group in groups:
             missing = {cell for cell in group.cells if cell not in found}
             if not missing:
@@ -106,7 +108,7 @@ def measure_all(options: argparse.Namespace, store: Store) -> tuple[Results, dic
                     reason = f"{type(error).__name__}: {error}"
             if reason is not None:
                 reasons[f"{first.method}, {first.bits} bits, {first.adapter}, {first.stage}"] = reason
-    return {cell: found[cell] for cell in stored if cell in found}, reasons
+    return {cell: found[cell] for cell in known if cell in found}, reasons
 
 
 def report(results: Results, reasons: dict[str, str], options: argparse.Namespace) -> None:
@@ -114,17 +116,17 @@ def report(results: Results, reasons: dict[str, str], options: argparse.Namespac
     found = rows(results)
     for title, columns in COLUMNS.items():
         is_of_adapters = title.startswith("Adapters")
-        if is_of_adapters and "adapters" not in options.stages:
+        if is_of_adapters and {cell.adapter for cell in results} <= {"LoRA"}:
             continue
         shown = [row for row in found if not is_of_adapters or row.method in adapted_names()]
         if text := table(shown, columns, list(ADAPTERS) if is_of_adapters else ["LoRA"]):
             print(f"\n{title}\n\n{text}")
+    seeds = " ".join(str(seed) for seed in sorted({cell.seed for cell in results}))
     print(
         f"\n{options.model}: {options.words} word problems, {options.windows} windows of Shakespeare, "
         f"{options.choices} questions; {options.steps} steps of {options.batch_size} × {options.max_tokens} tokens; "
-        f"seeds {' '.join(map(str, options.seeds))}.\nΔ: mean of the paired differences to float32 ± standard error; "
-        "the row of float32 has its loss.\nIn brackets the lowest and highest seed. * The 95 % interval, over windows "
-        "and seeds, excludes zero."
+        f"seeds {seeds}.\nΔ: mean of the paired differences to float32 ± standard error; the row of float32 has its "
+        "loss.\nIn brackets the lowest and highest seed. * The 95 % interval, over windows and seeds, excludes zero."
     )
     for name, reason in reasons.items():
         print(f"Not run: {name}: {reason}")
@@ -158,6 +160,7 @@ def parse_options(arguments: list[str]) -> argparse.Namespace:
     add("--eager", action="store_true", help="run quaff_fx without compiling its int8 blocks: the same numbers")
     add("--threads", type=int, help="CPU threads (default: torch's own choice)")
     add("--output", type=Path, default=ROOT / "runs" / "accuracy", help="folder for results (default: runs/accuracy)")
+    add("--report", action="store_true", help="measure nothing; the tables of all that the folder holds, of any method")
     add("--stop-at-errors", action="store_true", help="fail where a method fails, instead of going on with the next")
     options = parser.parse_args(arguments)
     for name in ("steps", "batch_size", "max_tokens", "words", "windows", "choices", "answers", "threads"):

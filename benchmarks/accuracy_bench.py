@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from benchmarks import accuracy_methods as methods
 from benchmarks import accuracy_tasks as tasks
 from benchmarks.accuracy_methods import ADAPTERS, METHODS, Method
-from benchmarks.accuracy_results import Cell
+from benchmarks.accuracy_results import Cell, Store
 from benchmarks.accuracy_tasks import Material, Measures, Sizes
 from examples import smollm2
 
@@ -50,7 +50,9 @@ def groups_of_row(method: Method, bits: int, seed: int, options: argparse.Namesp
     is_first = seed == options.seeds[0]
     chosen = [task for task in TASKS if task in options.tasks]
     before = [task for task in chosen if task != "answers" and (task, method.name) != ("gradient", "float32")]
-    after = [task for task in chosen if task != "gradient" and (task != "answers" or options.answers)]
+    after = [task for task in chosen if task not in ("gradient", "answers")]
+    if "answers" in chosen and options.answers:
+        after.append(f"answers {options.answers}")
     wanted: tuple[Cell, ...] = ()
     if "before" in options.stages and is_first:
         wanted += cells("LoRA", "before", before)
@@ -65,6 +67,17 @@ def groups_of_row(method: Method, bits: int, seed: int, options: argparse.Namesp
             if adapter != "LoRA":
                 before_and_after = cells(adapter, "before", ["words"]) + cells(adapter, "after", ["training", "words"])
                 yield Group(method, before_and_after)
+
+
+def stored(options: argparse.Namespace, store: Store) -> list[Group]:
+    """Returns everything that was measured before with these options, in the order of the methods."""
+    answers = f"answers {options.answers}"
+    cells = [cell for cell in store.cells() if cell.task == answers or not cell.task.startswith("answers")]
+    return [
+        Group(method, tuple(cell for cell in cells if (cell.method, cell.bits) == (method.name, bits)))
+        for method in METHODS
+        for bits in method.bits
+    ]
 
 
 def selected_methods(options: argparse.Namespace) -> list[Method]:
@@ -88,7 +101,6 @@ def sizes(options: argparse.Namespace) -> Sizes:
         options.words,
         options.windows,
         options.choices,
-        options.answers,
     )
 
 
@@ -133,9 +145,9 @@ class Bench:
             "words": lambda: tasks.losses(model, material.words),
             "shakespeare": lambda: tasks.losses(model, material.shakespeare),
             "choices": lambda: tasks.choices(model, tokenizer, material.questions),
-            "answers": lambda: tasks.answers(model, tokenizer, material.sizes.answers, 4 * material.sizes.batch_size),
+            "answers": lambda: tasks.answers(model, tokenizer, self.options.answers, 4 * self.options.batch_size),
         }
-        return measured[cell.task]()
+        return measured[cell.task.partition(" ")[0]]()
 
     def _adapted(self, cell: Cell) -> nn.Module:
         model, _ = smollm2.load_model(self.options.model)

@@ -30,7 +30,7 @@ class Cell:
     Attributes:
         method, bits: a row of the table. adapter: one of `ADAPTERS`. seed: of adapter, calibration and training data.
         stage: "before" or "after" training; or "injected 100", outliers 100 times as large before training.
-        task: one of `TASKS`, or "training", the loss of each step.
+        task: one of `TASKS`, or "training", the loss of each step; "answers" with the number of problems behind it.
     """
 
     method: str
@@ -82,6 +82,10 @@ class Store:
         stored = json.loads(file.read_text())
         is_same = stored["cell"] == asdict(cell) and stored["config"] == _plain(config)
         return stored["measures"] if is_same else None
+
+    def cells(self) -> list[Cell]:
+        """Returns all cells that the folder holds, in the order of their names."""
+        return [Cell(**json.loads(file.read_text())["cell"]) for file in sorted(self.folder.glob("*.json"))]
 
     def save(self, cell: Cell, config: object, measures: Measures) -> None:
         _write(self.folder / cell.file_name, {"cell": asdict(cell), "config": _plain(config), "measures": measures})
@@ -166,7 +170,7 @@ def rows(results: Results) -> list[Row]:
     """Returns every number of every table, in the order of the results."""
     groups: dict[tuple[Any, ...], dict[int, Measures]] = {}
     for cell, measures in results.items():
-        key = (cell.method, cell.bits, cell.adapter, cell.stage, cell.task)
+        key = (cell.method, cell.bits, cell.adapter, cell.stage, cell.task.partition(" ")[0])
         groups.setdefault(key, {})[cell.seed] = measures
     found = []
     for (method, bits, adapter, stage, task), by_seed in groups.items():

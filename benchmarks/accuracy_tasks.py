@@ -41,7 +41,6 @@ class Sizes:
     words: int
     windows: int
     choices: int
-    answers: int
 
 
 @dataclass

@@ -42,7 +42,7 @@ class Observation:
 
 @dataclass
 class Batch:
-    """What one batch shows of an input: absmax (K,) of its channels, and how many values of each are 100 × the mean."""
+    """What one batch shows of an input: absmax (K,) of its channels, and how many values of each are over 100 means."""
 
     absmax: Tensor
     large: Tensor

@@ -416,6 +416,20 @@ def test_only_what_is_missing_is_measured_again(folder: Path, measured: Path, mo
     assert numbers(measured) == before
 
 
+def test_a_report_has_all_that_is_stored(
+    folder: Path, measured: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(accuracy, "Bench", None)
+    before = sorted(map(str, numbers(measured)))
+    words = ["--report", "--methods", "float32", "--stages", "before", "--answers", "2"]
+    assert accuracy.main(options(folder, measured, *words)) == 0
+    assert sorted(map(str, numbers(measured))) == before
+    capsys.readouterr()
+    words[-1] = "3"  # of another number of answers there is none
+    assert accuracy.main(options(folder, measured, *words)) == 0
+    assert not [row for row in numbers(measured) if row["task"] == "answers"]
+
+
 def test_other_options_are_refused(folder: Path, measured: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert accuracy.main(options(folder, measured, steps=3)) == 2
     assert "steps 2, now 3" in capsys.readouterr().err
@@ -483,7 +497,19 @@ def test_methods_are_chosen_by_words_or_whole_names() -> None:
 @pytest.mark.compile
 @pytest.mark.slow
 def test_quaff_fx_rows_run_the_product(folder: Path, tmp_path: Path) -> None:
-    words = ["--methods", "quaff_fx: default", "--eager", "--stages", "before", "after", "--tasks", "words", "gradient"]
+    words = [
+        "--methods",
+        "quaff_fx: default",
+        "--eager",
+        "--stages",
+        "before",
+        "after",
+        "--tasks",
+        "words",
+        "gradient",
+        "--seeds",
+        "1",
+    ]
     assert accuracy.main(options(folder, tmp_path, *words)) == 0
     found = [row for row in numbers(tmp_path) if row["method"] == "quaff_fx: default"]
     cosines = {row["bits"]: float(row["mean"]) for row in found if row["measure"] == "cosine"}
