@@ -351,6 +351,7 @@ def measured(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(texts, "plays", lambda: PLAYS)
         patch.setattr(texts, "questions", lambda: QUESTIONS)
+        patch.setattr(accuracy_tasks, "ANSWER_TOKENS", 4)
         assert accuracy.main(options(folder, output, *FLOAT_AND_BASELINES, "--answers", "2")) == 0
     return output
 
