@@ -21,6 +21,16 @@ _LINEARS = (LINEAR, torch.ops.aten.linear.default)
 _PRODUCTS = (torch.matmul, torch.mm, operator.matmul, torch.ops.aten.mm.default, torch.ops.aten.matmul.default)
 _BIASED_PRODUCTS = (torch.addmm, torch.ops.aten.addmm.default)
 _TRANSPOSES = (torch.t, torch.ops.aten.t.default)
+_COPIES = ("to", "float", "half", "bfloat16", "type_as", "detach")
+
+# fmt: off
+_VALUE_READS = {
+    "abs", "add", "amax", "amin", "clamp", "div", "exp", "isfinite", "isnan", "linalg_matrix_norm", "linalg_norm",
+    "linalg_vector_norm", "log", "matrix_norm", "max", "maximum", "mean", "min", "minimum", "mul", "neg", "norm",
+    "normalize", "pow", "sqrt", "square", "std", "sub", "sum", "truediv", "var", "vector_norm",
+}
+# fmt: on
+"""Names of functions that compute from values one by one, or reduce them."""
 
 
 def is_call(node: object, *targets: object) -> bool:
@@ -48,12 +58,68 @@ def transposed_operand(node: object) -> Node | None:
     return None
 
 
+def copied_operand(node: object) -> Node | None:
+    """Returns what `node` casts, value for value, or None if it does not, or if the result may be edited."""
+    if isinstance(node, Node) and is_call(node, *_COPIES) and isinstance(node.args[0], Node) and _is_only_read(node):
+        return node.args[0]
+    return None
+
+
+def _is_only_read(node: Node) -> bool:
+    """Tells whether every use of `node` is known to leave it as it is, also through its transposes and casts."""
+    return all(
+        linear_operands(user) is not None
+        or product_operands(user) is not None
+        or reads_values(user)
+        or ((transposed_operand(user) is node or is_call(user, *_COPIES)) and _is_only_read(user))
+        for user in node.users
+    )
+
+
 def marked_weight(node: object) -> tuple[Node, bool] | None:
-    """Returns the marker that `node` is or transposes, and whether it is transposed; None if it is neither."""
+    """Returns the marker whose weight `node` is, transposes or casts, and whether it is transposed, else None."""
     transposed = False
     while isinstance(node, Node) and not is_call(node, *MARKERS):
-        node, transposed = transposed_operand(node), not transposed
+        if (copied := copied_operand(node)) is not None:
+            node = copied
+        else:
+            node, transposed = transposed_operand(node), not transposed
     return (node, transposed) if isinstance(node, Node) else None
+
+
+def int8_weight(node: object) -> Node | None:
+    """Returns the marker of a quantized weight that `node` is or casts, not transposed; None otherwise."""
+    marker, transposed = marked_weight(node) or (None, False)
+    return marker if is_call(marker, DEQUANTIZE_WEIGHT) and not transposed else None
+
+
+def uses(marker: Node) -> list[tuple[Node, int | None]]:
+    """Returns what reads a marker's weight, also through transposes and casts.
+
+    Each with the dimension that it reduces over as a linear: 1, 0 (transposed), None: it is no linear.
+    """
+    found: list[tuple[Node, int | None]] = []
+    views: list[tuple[Node, int]] = [(marker, 1)]
+    for view, in_dim in views:
+        for user in view.users:
+            if transposed_operand(user) is not None:
+                views.append((user, 1 - in_dim))
+            elif copied_operand(user) is view:
+                views.append((user, in_dim))
+            else:
+                operands = linear_operands(user)
+                is_weight = operands is not None and operands[1] is view and operands[0] is not view
+                found.append((user, in_dim if is_weight else None))
+    return found
+
+
+def reads_values(node: Node) -> bool:
+    """Tells whether a node computes from the values of its operands: no product, no lookup, no edit, no view.
+
+    For such a reader of a weight (a norm, a sum with an update) a dequantized weight is as good; of a node that is not
+    known the answer is no.
+    """
+    return node.op in ("call_function", "call_method") and describe_use(node) in _VALUE_READS
 
 
 def product_operands(node: Node) -> tuple[Argument, Argument, Argument] | None:
@@ -108,6 +174,14 @@ def dimensions(node: object) -> int | None:
         return None
     value = node.meta.get("example_value", node.meta.get("val"))
     return value.dim() if isinstance(value, torch.Tensor) else None
+
+
+def dtype(node: object) -> torch.dtype | None:
+    """Returns the dtype of a node's traced value, None if it was not recorded."""
+    if not isinstance(node, Node):
+        return None
+    value = node.meta.get("example_value", node.meta.get("val"))
+    return value.dtype if isinstance(value, torch.Tensor) else None
 
 
 def site_name(marker: Node) -> str:

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 import torch
 from quaff_fx.passes import matching
 from quaff_fx.passes.infrastructure import Change, PassResult
+from quaff_fx.passes.normalize import erase_unused_views
 from torch.fx import Graph, GraphModule, Node
+from torch.fx.node import Argument
 
 from quaff_fx import numerics
 
@@ -40,9 +42,11 @@ class ObserveActivations:
 
     which dequantizes anew in backward: with the marker, autograd would keep the float weight of every layer.
 
-    Runs after `NormalizeProducts`. The graph computes what it did before. A weight that something else reads as well
-    (an embedding, a convolution) gets `quaff.observe_other_use` and stays in float. For that reader an int8 weight is
-    dequantized in plain operations; a linear over its out-features is such a reader.
+    Runs after `NormalizeProducts`. The graph computes what it did before. A weight that something else uses as well, as
+    a table (an embedding) or in a product (a convolution), gets `quaff.observe_other_use` and stays in float; so does
+    one that something unknown reads. What only reads its values (`matching.reads_values`: the norm of DoRA, a sum with
+    an update) keeps no weight in float: it is told, and reads the dequantized weight later. For all these readers an
+    int8 weight is dequantized in plain operations; a linear over its out-features is such a reader.
 
     Attributes:
         threshold: counts values over this multiple of the mean absolute value; 0 counts nothing.
@@ -56,11 +60,10 @@ class ObserveActivations:
         for marker in [node for node in graph.nodes if matching.is_call(node, matching.OBSERVE_WEIGHT)]:
             weight, step_absmax, step_count, in_dim_seen = marker.args
             site = matching.site_name(marker)
-            for user, in_dim in matching_uses(marker):
+            for user, in_dim in matching.uses(marker):
                 with graph.inserting_before(user):
                     if in_dim is None:
-                        graph.call_function(OBSERVE_OTHER_USE, (in_dim_seen,))
-                        changes.append(Change(site, "left alone", f"also used by {matching.describe_use(user)}"))
+                        changes.append(_left_alone(graph, user, False, site, in_dim_seen))
                         continue
                     x = user.args[0]
                     graph.call_function(
@@ -77,11 +80,10 @@ class ObserveActivations:
         w_int8, w_scale, step_absmax, step_count, in_dim_seen, dtype, rotation = marker.args
         site = matching.site_name(marker)
         changes = []
-        for user, in_dim in matching_uses(marker):
+        for user, in_dim in matching.uses(marker):
             with graph.inserting_before(user):
                 if in_dim != 1:
-                    graph.call_function(OBSERVE_OTHER_USE, (in_dim_seen,))
-                    changes.append(Change(site, "left alone", f"also used by {matching.describe_use(user)}"))
+                    changes.append(_left_alone(graph, user, in_dim is not None, site, in_dim_seen))
                     continue
                 x, _, bias = user.args
                 graph.call_function(OBSERVE, (x, step_absmax, step_count, in_dim_seen, 1, float(self.threshold)))
@@ -90,6 +92,7 @@ class ObserveActivations:
             user.replace_all_uses_with(linear)
             graph.erase_node(user)
             changes.append(Change(site, "observed"))
+        erase_unused_views(graph)
         if marker.users:
             with graph.inserting_before(marker):
                 rows = graph.call_function(numerics.dequantize_rows, (w_int8, w_scale, rotation))
@@ -99,14 +102,10 @@ class ObserveActivations:
         return changes
 
 
-def matching_uses(marker: torch.fx.Node) -> list[tuple[torch.fx.Node, int | None]]:
-    """Returns each user of a marker's weight with the dimension it reduces over: 1, 0 (transposed), None: no linear."""
-    uses: list[tuple[torch.fx.Node, int | None]] = []
-    for view, in_dim in ((marker, 1), *((user, 0) for user in marker.users if matching.transposed_operand(user))):
-        for user in view.users:
-            if in_dim == 1 and matching.transposed_operand(user) is not None:
-                continue
-            operands = matching.linear_operands(user)
-            is_weight = operands is not None and operands[1] is view and operands[0] is not view
-            uses.append((user, in_dim if is_weight else None))
-    return uses
+def _left_alone(graph: Graph, user: Node, is_linear: bool, site: str, in_dim_seen: Argument) -> Change:
+    """Inserts what a use other than a linear over the in-features needs; returns what is told of it."""
+    name = matching.describe_use(user)
+    if not is_linear and matching.reads_values(user):
+        return Change(site, "left alone", f"{name} reads its values, dequantized ones once it is int8")
+    graph.call_function(OBSERVE_OTHER_USE, (in_dim_seen,))
+    return Change(site, "left alone", f"also used by {name}")

@@ -19,7 +19,7 @@ def observe(graph_module: GraphModule, threshold: float) -> PassResult:
 
 def quantize(graph_module: GraphModule) -> PassResult:
     """Normalizes, then makes every linear with a marked weight an int8 linear."""
-    return run_passes((NormalizeProducts(), QuantizeLinears()), graph_module, spec.check_quantized)
+    return run_passes((NormalizeProducts(is_sharing_casts=True), QuantizeLinears()), graph_module, spec.check_quantized)
 
 
 def lower(graph_module: GraphModule) -> PassResult:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from quaff_fx.passes import matching
 from quaff_fx.passes.infrastructure import Change, PassResult
+from quaff_fx.passes.normalize import erase_unused_views
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import Argument
 
@@ -49,10 +50,9 @@ class QuantizeLinears:
             if matching.may_mutate(node):
                 shared.clear()  # x may have changed, through an alias too
             operands = matching.linear_operands(node)
-            if operands is None or not matching.is_call(operands[1], matching.DEQUANTIZE_WEIGHT):
+            if operands is None or (marker := matching.int8_weight(operands[1])) is None:
                 continue
-            x, marker, bias = operands
-            assert isinstance(marker, Node)
+            x, _, bias = operands
             w_int8, w_scale, w_outlier, channels, _, smoothing_scale, _, _, activation_max, _, _, rotation = marker.args
             key = (x, channels, smoothing_scale, activation_max, rotation)
             with graph.inserting_before(node):
@@ -64,8 +64,9 @@ class QuantizeLinears:
             node.replace_all_uses_with(linear)
             graph.erase_node(node)
             changes.append(Change(matching.site_name(marker), "quantized"))
+        erase_unused_views(graph)
         for marker in [node for node in graph.nodes if matching.is_call(node, matching.DEQUANTIZE_WEIGHT)]:
-            for user in marker.users:
+            for user, _ in matching.uses(marker):
                 reason = f"dequantized for {matching.describe_use(user)}, which is no linear over its in-features"
                 changes.append(Change(matching.site_name(marker), "left alone", reason))
             if not marker.users:

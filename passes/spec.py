@@ -34,7 +34,7 @@ def check_quantized(graph_module: GraphModule) -> None:
             if matching.is_call(node, quantize.LINEAR):
                 _check_linear(node)
             operands = matching.linear_operands(node)
-            if operands is not None and matching.is_call(operands[1], matching.DEQUANTIZE_WEIGHT):
+            if operands is not None and matching.int8_weight(operands[1]) is not None:
                 raise PassError(f"{node}: multiplies a dequantized weight in float, expected {quantize.LINEAR}.")
             if matching.is_call(node, observe.OBSERVE, matching.OBSERVE_WEIGHT, matching.OBSERVE_INT8_WEIGHT):
                 raise PassError(f"{node}: observes, expected no observer in a quantized graph.")

@@ -52,6 +52,7 @@ class Explanation:
     Attributes:
         rows: every weight matrix in model order. stage: of the whole. steps, calibration_steps: done, of how many.
         product: what computes the int8 products.
+        also_read: int8 weights that something besides a linear reads, by name in the traced code, with that reader.
     """
 
     rows: tuple[Row, ...]
@@ -59,6 +60,7 @@ class Explanation:
     steps: int
     calibration_steps: int
     product: str
+    also_read: tuple[str, ...] = ()
 
     @property
     def int8_share(self) -> float:
@@ -103,7 +105,11 @@ class Explanation:
             stage = rows[0].stage if len(stages) == 1 else "various"
             table.append((name, shape, stage, "", before, after, reason))
         headers = ("weight", "shape", "stage", "outlier channels", "MiB before", "after", "left alone because")
-        return f"{tabulate(table, headers=headers)}\n{self.summary()}"
+        lines = [tabulate(table, headers=headers), self.summary()]
+        if self.also_read:
+            rest = f" and {len(self.also_read) - 1} more" if len(self.also_read) > 1 else ""
+            lines.append(f"also dequantized in each forward: {self.also_read[0]}{rest}")
+        return "\n".join(lines)
 
     def summary(self) -> str:
         """Returns the line under the table."""
@@ -128,8 +134,15 @@ def explain(model: nn.Module) -> Explanation:
     stages = stages_of(model)
     rows = [_row(site, stages.weight_state(site)) for site in stages.sites]
     device = next(stages.model.parameters()).device
+    changes = [change for graph in stages.graphs if graph.stage == "quantize" for change in graph.changes]
+    also_read = dict.fromkeys(f"{c.site} ({c.reason})" for c in changes if c.action == "left alone")
     return Explanation(
-        tuple(rows), stages.stage, stages.steps, stages.config.calibration_steps, product.describe(device)
+        tuple(rows),
+        stages.stage,
+        stages.steps,
+        stages.config.calibration_steps,
+        product.describe(device),
+        tuple(also_read),
     )
 
 

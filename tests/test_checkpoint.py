@@ -378,7 +378,7 @@ class Block(nn.Module):
         self.scaled = nn.Linear(12, 12)
 
     def forward(self, x):
-        return self.plain(x) + self.scaled(x) / self.scaled.weight.norm()
+        return self.plain(x) + self.scaled(x) / self.scaled.weight[0].norm()
 
 
 def test_a_weight_that_not_only_linears_read_stays_int8_and_is_told(tmp_path):

@@ -19,7 +19,8 @@ from peft import (
 from torch import nn
 
 import quaff_fx
-from tests.models import Run, cosine, float_llama, tiny_llama, token_ids, with_lora
+from quaff_fx import backend
+from tests.models import Run, cosine, float_llama, int8_products, tiny_llama, token_ids, with_lora
 
 pytestmark = [pytest.mark.compile, pytest.mark.slow]
 
@@ -98,6 +99,7 @@ METHODS: dict[str, Callable[[], nn.Module]] = {
     "LoRA with dropout": lambda: lora(lora_dropout=0.2),
     "rsLoRA": lambda: lora(use_rslora=True, lora_alpha=4),
     "LoRA and modules_to_save": whole_modules,
+    "DoRA": dora,
     "IA3": ia3,
     "prompt tuning": lambda: prompt_learning(PromptTuningConfig),
     "P-tuning": lambda: prompt_learning(PromptEncoderConfig, encoder_hidden_size=16),
@@ -105,7 +107,7 @@ METHODS: dict[str, Callable[[], nn.Module]] = {
     "biases only": biases_only,
     "hand-written": hand_written,
 }
-MERGEABLE = ("rsLoRA", "LoRA and modules_to_save", "IA3")
+MERGEABLE = ("rsLoRA", "LoRA and modules_to_save", "DoRA", "IA3")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -178,20 +180,27 @@ class TestFirstQuantizedStep:
         assert all("o_proj" in unread_name for unread_name in unread)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=quaff_fx.QuaffError,
-    reason="DoRA reads a weight twice, in a linear and in the norm of its rows; an observed weight that anything but a "
-    "linear reads is given back as float, so nothing is left to convert",
-)
-def test_dora():
-    reference = Run(dora())
-    step(reference)
-    run = Run(quaff_fx.compile(dora(), EIGHT_BITS))
-    step(run)
-    step(run)
-    assert_follows(run, reference)
-    assert sum(row.stage == "int8" for row in quaff_fx.explain(run.model).rows) == 2 * 7
+def test_the_norm_of_dora_reads_dequantized_weights_and_is_told(trained):
+    """DoRA divides by the norm of W + sBA in each forward; the linears of all layers are int8 all the same."""
+    explanation = quaff_fx.explain(trained("DoRA").model)
+    assert len(explanation.also_read) == 7
+    assert all("dequantized for add" in also_read for also_read in explanation.also_read)
+    assert "also dequantized in each forward: self_attn.q_proj.base_layer.weight (" in str(explanation)
+    observed, quantized = (graph.changes for graph in quaff_fx.graphs(trained("DoRA").model))
+    assert sum("add reads its values, dequantized ones once it is int8" in change.reason for change in observed) == 7
+    assert sum(change.action == "quantized" for change in quantized) == 7
+    assert int8_products(quaff_fx.graphs(trained("DoRA").model)[1].lowered) == [7, 7]
+
+
+def test_dora_with_dropout_multiplies_twice_in_int8(monkeypatch):
+    """With dropout DoRA multiplies the dropped activation by the weight once more, cast to its dtype."""
+    monkeypatch.setattr(backend, "compile_fx", lambda graph_module, *_, **__: graph_module.forward)
+    model = quaff_fx.compile(lora(use_dora=True, lora_dropout=0.2), EIGHT_BITS)
+    quaff_fx.calibrate(model, [token_ids()])
+    model(input_ids=token_ids())
+    graph = quaff_fx.graphs(model)[-1]
+    assert graph.rewritten.count("torch.ops.quaff.linear.default(") == 2 * 7
+    assert sum(change.action == "quantized" for change in graph.changes) == 2 * 7
 
 
 @pytest.mark.parametrize("name", MERGEABLE)

@@ -121,6 +121,41 @@ def test_a_marker_behind_another_op_is_not_seen() -> None:
     assert matching.marked_weight(list(graph_module.graph.nodes)[-2]) is None
 
 
+def test_a_marker_is_seen_behind_a_cast_that_nothing_edits() -> None:
+    graph_module = trace(lambda p, a, c, s: observed(p, a, c, s).float().t() @ a)
+    product = list(graph_module.graph.nodes)[-2]
+    marker = next(node for node in graph_module.graph.nodes if matching.is_call(node, *matching.MARKERS))
+    assert matching.marked_weight(product.args[0]) == (marker, True)
+    graph_module = trace(lambda p, a, c, s: observed(p, a, c, s).float().t().zero_())
+    assert matching.marked_weight(list(graph_module.graph.nodes)[-3]) is None
+
+
+@pytest.mark.parametrize(
+    ("target", "reads"),
+    [
+        (torch.linalg.norm, True),
+        (torch.linalg.vector_norm, True),
+        (operator.add, True),
+        ("sum", True),
+        ("mul", True),
+        (F.normalize, True),
+        (F.embedding, False),
+        (F.conv1d, False),
+        (torch.einsum, False),
+        (torch.bmm, False),
+        (operator.matmul, False),
+        (operator.iadd, False),
+        (operator.getitem, False),
+        ("add_", False),
+        ("index_select", False),
+        ("view", False),
+        ("chunk", False),
+    ],
+)
+def test_what_reads_only_values_is_no_product_lookup_edit_or_view(target: Any, reads: bool) -> None:
+    assert matching.reads_values(node_of(target, "%w", "%x")) is reads
+
+
 def test_a_placeholder_called_like_a_target_is_no_call() -> None:
     graph = Graph()
     assert not matching.is_call(graph.placeholder("t"), "t")

@@ -191,3 +191,58 @@ def test_twice_changes_nothing_and_the_same_graph_gives_the_same_text(product: A
     assert text(second) == once
     assert NormalizeProducts()(first).changes == ()
     assert text(first) == once
+
+
+@pytest.mark.parametrize("is_sharing", [False, True])
+def test_under_autocast_x_is_cast_to_the_dtype_of_the_result(is_sharing: bool) -> None:
+    """Two products of one x: each a cast of its own, whose gradients add up in float32, or one for both."""
+
+    def program(x, p, step_absmax, step_count, in_dim_seen):
+        w = observed(p, step_absmax, step_count, in_dim_seen)
+        return F.linear(x, w), F.linear(x, w)
+
+    graph_module = trace(program, x=(3, 4))
+    for node in nodes(graph_module, F.linear):
+        node.meta["example_value"] = torch.empty(3, 4, dtype=torch.bfloat16, device="meta")
+    normalize = NormalizeProducts(is_sharing_casts=is_sharing)
+    assert changes_of(normalize(graph_module).changes) == ["p: normalized"] * 2
+    casts = nodes(graph_module, "to")
+    assert [cast.args for cast in casts] == [(cast.args[0], torch.bfloat16) for cast in casts]
+    assert len(casts) == (1 if is_sharing else 2)
+    linears = nodes(graph_module, F.linear)
+    assert [linear.args[0] for linear in linears] == (casts * 2 if is_sharing else casts)
+    assert normalize(graph_module).changes == ()
+
+
+def test_an_edit_between_two_products_separates_their_casts() -> None:
+    def program(x, p, step_absmax, step_count, in_dim_seen):
+        w = observed(p, step_absmax, step_count, in_dim_seen)
+        first = F.linear(x, w)
+        x.add_(1)
+        return first, F.linear(x, w)
+
+    graph_module = trace(program, x=(3, 4))
+    for node in nodes(graph_module, F.linear):
+        node.meta["example_value"] = torch.empty(3, 4, dtype=torch.bfloat16, device="meta")
+    NormalizeProducts(is_sharing_casts=True)(graph_module)
+    first, second = nodes(graph_module, "to")
+    order = list(graph_module.graph.nodes)
+    (edit,) = nodes(graph_module, "add_")
+    assert order.index(first) < order.index(edit) < order.index(second)
+
+
+def test_a_weight_in_another_dtype_keeps_one_cast() -> None:
+    """DoRA with dropout in a bfloat16 model multiplies by the weight in float32: a linear of the cast weight."""
+
+    def program(x, p, step_absmax, step_count, in_dim_seen):
+        return x @ observed(p, step_absmax, step_count, in_dim_seen).to(torch.float32).t()
+
+    graph_module = trace(program, x=(3, 4))
+    marker, cast, transpose, _ = list(graph_module.graph.nodes)[-5:-1]
+    marker.meta["example_value"] = torch.empty(4, 4, dtype=torch.bfloat16, device="meta")
+    cast.meta["example_value"] = transpose.meta["example_value"] = torch.empty(4, 4, device="meta")
+    assert changes_of(NormalizeProducts()(graph_module).changes) == ["p: normalized"]
+    assert text(graph_module) == (
+        f"{MARKER}\nto_1 = observe_weight_default.to(torch.float32)\nlinear = linear(x, to_1, None)\nreturn linear"
+    )
+    assert NormalizeProducts()(graph_module).changes == ()

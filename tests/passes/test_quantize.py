@@ -128,10 +128,10 @@ NEAR_MISSES = {
     "embedding": (lambda x, w, b: F.embedding(x, w), "embedding"),
     "left operand": (lambda x, w, b: w @ x, "matmul"),
     "einsum": (lambda x, w, b: torch.einsum("tk,nk->tn", x, w), "einsum"),
-    "addmm of a matrix": (lambda x, w, b: torch.addmm(x, x, w.t()), "t"),
-    "alpha": (lambda x, w, b: torch.addmm(b, x, w.t(), alpha=2), "t"),
-    "over the out-features": (lambda x, w, b: x @ w, "t"),
-    "linear over the out-features": (lambda x, w, b: F.linear(x, w.t(), b), "t"),
+    "addmm of a matrix": (lambda x, w, b: torch.addmm(x, x, w.t()), "addmm"),
+    "alpha": (lambda x, w, b: torch.addmm(b, x, w.t(), alpha=2), "addmm"),
+    "over the out-features": (lambda x, w, b: x @ w, "linear"),
+    "linear over the out-features": (lambda x, w, b: F.linear(x, w.t(), b), "linear"),
     "elementwise": (lambda x, w, b: x * w, "mul"),
     "output": (lambda x, w, b: w, "output"),
 }
@@ -155,6 +155,35 @@ def test_a_linear_beside_another_use_is_quantized_and_the_marker_stays_for_the_o
         "w_int8: left alone (dequantized for sum, which is no linear over its in-features)",
     ]
     assert (len(nodes(graph_module, LINEAR)), len(nodes(graph_module, MARKER))) == (1, 1)
+
+
+def test_a_cast_weight_is_quantized_for_the_linear_and_dequantized_for_a_norm() -> None:
+    """As DoRA reads it: a linear, then a linear and a norm of the weight in the dtype of x."""
+
+    def use(x: Any, w: Any, b: Any) -> Any:
+        cast = w.to(torch.float32)
+        return F.linear(x, w, b), F.linear(x + 1, cast), (cast + 0.5).norm(dim=1)
+
+    graph_module = graph_of(use)
+    changes = changes_of(pipeline.quantize(graph_module).changes)
+    reason = "dequantized for add, which is no linear over its in-features"
+    assert [c for c in changes if "normalized" not in c] == [
+        *["w_int8: quantized"] * 2,
+        f"w_int8: left alone ({reason})",
+    ]
+    assert (len(nodes(graph_module, LINEAR)), len(nodes(graph_module, MARKER))) == (2, 1)
+
+
+def test_a_weight_that_is_cast_and_edited_is_not_seen_as_the_weight() -> None:
+    def use(x: Any, w: Any, b: Any) -> Any:
+        edited = w.to(torch.float64)
+        edited.zero_()
+        return F.linear(x, edited, b)
+
+    graph_module = graph_of(use)
+    changes = changes_of(pipeline.quantize(graph_module).changes)
+    assert changes == ["w_int8: left alone (dequantized for to, which is no linear over its in-features)"]
+    assert nodes(graph_module, LINEAR) == []
 
 
 def test_a_linear_whose_x_is_the_weight_itself_keeps_the_marker_for_x() -> None:
