@@ -6,6 +6,7 @@ With `decompositions.py` and `calls.py` the only files of the package that touch
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -26,6 +27,15 @@ from quaff_fx.passes import pipeline
 from quaff_fx.passes.infrastructure import Change
 from quaff_fx.readable import readable
 
+Autocast = tuple[tuple[str, torch.dtype, bool], ...]
+"""Device type, dtype and whether it is on, per kind of device."""
+
+
+def current_autocast() -> Autocast:
+    """Returns the autocast that code runs under at this moment."""
+    devices = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+    return tuple((kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)) for kind in devices)
+
 
 @dataclass
 class CompiledGraph:
@@ -36,6 +46,7 @@ class CompiledGraph:
         captured: the traced graph with its markers. rewritten: the graph after the passes.
         changes: what each pass did or left alone, in order.
         graph_module, fake_inputs: the rewritten graph with fake inputs of the traced shapes, for `lower`.
+        autocast: what was on while it was traced.
     """
 
     stage: str
@@ -44,6 +55,7 @@ class CompiledGraph:
     changes: tuple[Change, ...]
     graph_module: GraphModule = field(repr=False)
     fake_inputs: tuple[Any, ...] = field(repr=False)
+    autocast: Autocast = ()
 
 
 class ObserveBackend:
@@ -105,10 +117,11 @@ class _LoweringPasses(CustomGraphPass):
 _PARTITION = torch._functorch.config.patch(ban_recompute_materialized_backward=False)
 
 
-def lower(graph_module: GraphModule, fake_inputs: Sequence[Any]) -> list[GraphModule]:
+def lower(graph_module: GraphModule, fake_inputs: Sequence[Any], autocast: Autocast = ()) -> list[GraphModule]:
     """Returns the graphs that Inductor gets: forward and backward, or one where nothing needs a gradient.
 
-    Runs AOTAutograd with Inductor's decompositions and partitioner on fake tensors; compiles nothing.
+    Runs AOTAutograd with Inductor's decompositions and partitioner on fake tensors, under the `autocast` that the graph
+    was traced under; compiles nothing.
     """
     lowered: list[GraphModule] = []
 
@@ -125,7 +138,11 @@ def lower(graph_module: GraphModule, fake_inputs: Sequence[Any]) -> list[GraphMo
         partition_fn=min_cut_rematerialization_partition,
     )
     # Otherwise the backward graph is lowered when a backward first runs.
-    with _PARTITION, torch._functorch.config.patch(force_non_lazy_backward_lowering=True):
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_PARTITION)
+        stack.enter_context(torch._functorch.config.patch(force_non_lazy_backward_lowering=True))
+        for kind, dtype, is_on in autocast:
+            stack.enter_context(torch.autocast(kind, dtype=dtype, enabled=is_on))
         compile_lowered(graph_module, list(fake_inputs))
     return lowered
 
@@ -140,4 +157,4 @@ def _compiled_graph(
             (n for n in graph_module.graph.nodes if n.op == "placeholder"), example_inputs, strict=False
         )
     )
-    return CompiledGraph(stage, captured, rewritten, changes, graph_module, fake_inputs)
+    return CompiledGraph(stage, captured, rewritten, changes, graph_module, fake_inputs, current_autocast())

@@ -30,7 +30,8 @@ class Graph:
     @property
     def lowered(self) -> tuple[str, ...]:
         """The graphs that Inductor gets: forward and backward, or one if nothing needs a gradient. Traced anew."""
-        graphs = lower(self._compiled.graph_module, self._compiled.fake_inputs)
+        compiled = self._compiled
+        graphs = lower(compiled.graph_module, compiled.fake_inputs, compiled.autocast)
         return tuple(readable(graph) for graph in graphs)
 
     def __str__(self) -> str:

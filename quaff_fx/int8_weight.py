@@ -57,7 +57,7 @@ class Int8Weight(Tensor):
             raise _edit_error(args[0])
         if (operands := _linear_operands(func, args, kwargs)) is not None:
             x, weight, bias = operands
-            return weight._state.linear(x, bias)
+            return weight._state.linear(_as_autocast_casts(x), bias)
         with torch._C.DisableTorchFunctionSubclass():  # results are plain tensors
             return func(*args, **kwargs)
 
@@ -121,6 +121,14 @@ def _linear_operands(
         return None
     is_linear = isinstance(weight, Int8Weight) and not isinstance(x, Int8Weight) and weight._state.in_dim == in_dim
     return (x, weight, bias) if is_linear else None
+
+
+def _as_autocast_casts(x: Tensor) -> Tensor:
+    """Returns x in the dtype in which autocast would multiply it: as it is if there is no autocast, or in float64."""
+    device = x.device.type
+    if torch.is_autocast_enabled(device) and x.is_floating_point() and x.dtype != torch.float64:
+        return x.to(torch.get_autocast_dtype(device))
+    return x
 
 
 def _edit_error(weight: Tensor) -> WeightError:
