@@ -53,7 +53,11 @@ class Int8Weight(Tensor):
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if getattr(func, "__self__", None) is Tensor.data or (func is Tensor.__setitem__ and isinstance(args[0], cls)):
+        if getattr(func, "__self__", None) is Tensor.data:
+            if func.__name__ == "__get__":  # what only reads the values may have them (the norm of DoRA)
+                return _dequantized(args[0]).as_subclass(ReadOnlyView)
+            raise _edit_error(args[0])
+        if func is Tensor.__setitem__ and isinstance(args[0], cls):
             raise _edit_error(args[0])
         if (operands := _linear_operands(func, args, kwargs)) is not None:
             x, weight, bias = operands
@@ -88,8 +92,17 @@ class ReadOnlyView(Tensor):
         is_edit = (name.endswith("_") and not name.endswith("__")) or name in _EDITING_OPERATORS
         if (is_edit and args and isinstance(args[0], cls)) or isinstance(kwargs.get("out"), cls):
             raise _edit_error(kwargs["out"] if "out" in kwargs else args[0])
+        if getattr(func, "__self__", None) is Tensor.data and name == "__set__":
+            raise _edit_error(args[0])
         with torch._C.DisableTorchFunctionSubclass():
-            return func(*args, **kwargs)
+            result = func(*args, **kwargs)
+        # Nor can a view of it be edited.
+        is_view = type(result) is Tensor and args and isinstance(args[0], cls) and _shares_memory(result, args[0])
+        return result.as_subclass(cls) if is_view else result
+
+
+def _shares_memory(left: Tensor, right: Tensor) -> bool:
+    return left.device.type != "meta" and left.untyped_storage().data_ptr() == right.untyped_storage().data_ptr() != 0
 
 
 _EDITING_OPERATORS = {"__setitem__", *(f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "floordiv", "pow"))}
@@ -133,6 +146,7 @@ def _as_autocast_casts(x: Tensor) -> Tensor:
 
 def _edit_error(weight: Tensor) -> WeightError:
     return WeightError(
-        f"weight of shape {tuple(weight.shape)}: is int8 and rebuilt at each read, expected no code that edits it "
-        "or takes its .data. Call quaff_fx.dequantize(model) first (before merging adapters, say)."
+        f"weight of shape {tuple(weight.shape)}: is int8 and rebuilt at each read, expected no code that edits it. "
+        "Call quaff_fx.dequantize(model) first. Add an adapter that edits weights when it is added (PiSSA, OLoRA, "
+        "LoftQ) before quaff_fx.compile."
     )

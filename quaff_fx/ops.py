@@ -221,7 +221,8 @@ def _linear(
 ) -> Tensor:
     correction = (x_outlier, w_outlier.float())
     y = _int8_product(x_int8, w_int8, False, x_scale, w_scale, *correction, bias, x.dtype, activation_max, 1)
-    return y.reshape(*x.shape[:-1], w_int8.shape[0])
+    # Not `reshape`: autograd forbids to edit the view that a custom op returns in place, as AdaLoRA does.
+    return torch.ops.aten._unsafe_view.default(y, [*x.shape[:-1], w_int8.shape[0]])  # type: ignore[no-any-return]
 
 
 def _linear_grad_input(

@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import init_empty_weights
-from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils import _pytree as pytree
@@ -20,7 +19,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Llam
 
 import quaff_fx
 from quaff_fx import state, stored_tensor
-from quaff_fx.errors import CheckpointError, ConfigError, WeightError
+from quaff_fx.errors import CheckpointError, ConfigError
 from quaff_fx.state import LoadedWeight, QuantizedWeight
 from quaff_fx.stored_tensor import StoredTensor
 from tests.models import Run, cosine, float_llama, token_ids, with_lora
@@ -403,10 +402,14 @@ def test_a_weight_that_not_only_linears_read_stays_int8_and_is_told(tmp_path):
     assert type(model[0].scaled) is nn.Linear
 
 
-def test_dora_on_a_loaded_weight_is_refused_by_name(tmp_path):
-    model = loaded_llama(saved(tmp_path))
-    with pytest.raises(WeightError, match="is int8 and rebuilt at each read"):
-        get_peft_model(model, LoraConfig(target_modules=["q_proj"], use_dora=True))
+def test_dora_on_a_loaded_weight_takes_the_norm_of_the_int8_one(tmp_path):
+    config = {"target_modules": ["q_proj"], "use_dora": True}
+    model = with_lora(loaded_llama(saved(tmp_path)), **config)
+    reference = with_lora(float_llama(), **config)
+    for name, parameter in model.named_parameters():
+        if "magnitude" in name:
+            torch.testing.assert_close(parameter, reference.get_parameter(name), rtol=3e-3, atol=0)
+    assert len(states(model, LoadedWeight)) == 14
 
 
 def test_a_forward_past_the_blocks_leaves_the_weights_int8(tmp_path):

@@ -354,6 +354,10 @@ def _set_data(w: Tensor) -> None:
     w.data = torch.zeros(8, 12)
 
 
+def _set_data_of_data(w: Tensor) -> None:
+    w.data.data = torch.zeros(8, 12)
+
+
 def _add(w: Tensor) -> None:
     w += 1
 
@@ -373,7 +377,6 @@ INITIALIZERS = (
 EDITS: dict[str, Callable[[Tensor], object]] = {
     "data +=": _add_to_data,
     "data =": _set_data,
-    "reading data": lambda w: w.data,
     "+=": _add,
     "copy_": lambda w: w.copy_(torch.zeros(8, 12)),
     "mul_": lambda w: w.mul_(2),
@@ -398,6 +401,10 @@ EDITS_THROUGH_VIEWS: dict[str, Callable[[Tensor], object]] = {
     "transpose in place": lambda w: w.t().add_(1),
     "view in place": lambda w: w.view(-1).zero_(),
     "detached in place": lambda w: w.detach().zero_(),
+    "data in place": lambda w: w.data.zero_(),
+    "row of data": lambda w: w.data[0].zero_(),
+    "view of a view in place": lambda w: w.t().t().view(2, 48)[0].zero_(),
+    "data of data": _set_data_of_data,
     "init.orthogonal_": lambda w: nn.init.orthogonal_(w),
 }
 
@@ -412,6 +419,29 @@ def test_every_way_of_editing_raises(edit: Callable[[Tensor], object]) -> None:
     assert ": is int8 and rebuilt at each read, expected no code that edits it" in text
     assert "quaff_fx.dequantize(model)" in text
     assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+
+
+def test_data_and_its_views_can_be_read() -> None:
+    """An adapter that is added to an int8 layer may look at its weight: DoRA takes the norm, ``weight.data.norm()``."""
+    module = quantized_linear()
+    expected = module._modules["quaff_weight"].dequantized()
+    assert torch.equal(module.weight.data, expected)
+    assert torch.equal(module.weight.data.t()[3], expected[:, 3])
+    assert torch.equal(module.weight.data.norm(dim=1), expected.norm(dim=1))
+    copied = module.weight.data.clone()
+    copied.add_(1)  # a copy is anyone's own
+    assert type(copied) is Tensor
+    assert torch.equal(module.weight.data, expected)
+
+
+def test_the_result_of_a_product_can_be_edited_in_place() -> None:
+    """AdaLoRA: ``result += ...`` on what the base layer returns."""
+    module = quantized_linear()
+    x = torch.randn(2, 3, 12, requires_grad=True)
+    y = module(x)
+    y += 1
+    y.sum().backward()
+    assert x.grad is not None
 
 
 def test_weight_error_is_a_quaff_error() -> None:
