@@ -19,6 +19,7 @@ from quaff_fx.errors import QuaffError as QuaffError
 from quaff_fx.errors import QuaffWarning as QuaffWarning
 from quaff_fx.explain import explain as explain
 from quaff_fx.graphs import graphs as graphs
+from quaff_fx.merging import merge_into_checkpoint as merge_into_checkpoint
 from quaff_fx.snapshot import load_state as load_state
 from quaff_fx.snapshot import load_state_dict as load_state_dict
 from quaff_fx.snapshot import save_state as save_state

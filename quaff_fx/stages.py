@@ -15,6 +15,7 @@ from quaff_fx.backend import CompiledGraph, ObserveBackend, QuantizeBackend
 from quaff_fx.config import QuaffConfig
 from quaff_fx.convert import Plan
 from quaff_fx.errors import CalibrationError
+from quaff_fx.merging import guard_peft
 from quaff_fx.sites import Site
 from quaff_fx.state import LoadedWeight, ObservedWeight, OutlierState, QuantizedWeight, WeightState
 
@@ -61,6 +62,7 @@ class Stages:
 
     def run_root(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Runs the root's forward, with what has to happen before and after a training step."""
+        guard_peft()  # here too: PEFT may be imported after `compile`
         is_step = module.training and torch.is_grad_enabled()
         with calls.without_kv_cache(module) if is_step or "labels" in kwargs else contextlib.nullcontext():
             return self._run_step(module, args, kwargs) if is_step else self._run(module, args, kwargs)
@@ -158,6 +160,7 @@ class Stages:
             if self.stage == "observe"
             else QuantizeBackend(self.graphs, calls.RECOMPILE_LIMIT)
         )
+        guard_peft()
         compiled = calls.compiled_call(backend)
         if self.blocks == [self.model]:
             self._run = compiled

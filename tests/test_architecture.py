@@ -31,6 +31,7 @@ ORDER = (
     "state",
     "sites",
     "checkpoint",
+    "merging",
     "passes.infrastructure",
     "passes.matching",
     "passes.normalize",
