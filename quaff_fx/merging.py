@@ -214,6 +214,12 @@ def _check_adapters(parts: list[_Part], adapter_names: list[str] | None) -> None
             raise WeightError(
                 f"{part.name}: its adapter is merged already, expected a separate one. Call unmerge_adapter() first."
             )
+    for part in parts:
+        if any(_is_sharded(tensor) for tensor in (part.layer or part.base).parameters()):
+            raise WeightError(
+                f"{part.name}: is sharded, expected whole weights. Save the adapter, load it on a model that is not "
+                "sharded, and merge there."
+            )
     known = {name for part in layers for name in part.layer._get_available_adapters()}
     for name in adapter_names or ():
         if name not in known:
@@ -224,6 +230,14 @@ def _check_adapters(parts: list[_Part], adapter_names: list[str] | None) -> None
         raise WeightError(
             "model: has no adapter and no weight that was trained, expected some. Nothing is to be merged."
         )
+
+
+def _is_sharded(tensor: Tensor) -> bool:
+    if not torch.distributed.is_available():
+        return False
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(tensor, DTensor)
 
 
 def _owners(base: nn.Module, parts: list[_Part], stored: dict[str, StoredTensor], source: Path) -> dict[str, _Part]:

@@ -15,6 +15,8 @@ import torch
 from peft import IA3Config, LoHaConfig, LoraConfig, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
 import quaff_fx
@@ -290,6 +292,16 @@ class TestBadInput:
         model.base_model.model.model.layers[1].mlp.down_proj.ia3_l["default"].data[0, 3] = torch.nan
         match = "layers.1.mlp.down_proj: PEFT cannot merge its adapter .NaNs detected"
         self.refused(model, source, tmp_path / "o", WeightError, match)
+
+    def test_a_sharded_model(self, source, tmp_path):
+        model = adapted(source, ADAPTERS["LoRA"]())
+        torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+        try:
+            fully_shard(model.base_model.model.model.layers[1], mesh=init_device_mesh("cpu", (1,)))
+            match = r"model.layers.1.self_attn.q_proj: is sharded, expected whole weights"
+            self.refused(model, source, tmp_path / "o", WeightError, match)
+        finally:
+            torch.distributed.destroy_process_group()
 
     def test_a_tied_weight(self, tmp_path):
         source = tmp_path / "source"
