@@ -122,6 +122,21 @@ def reads_values(node: Node) -> bool:
     return node.op in ("call_function", "call_method") and describe_use(node) in _VALUE_READS
 
 
+def edits_weight(node: Node) -> bool:
+    """Tells whether a node edits a marked weight in place: what it is called on, or its ``out``."""
+    edited = [*node.args[:1], node.kwargs.get("out")]
+    return any(marked_weight(target) is not None for target in edited) and may_mutate(node) and _is_in_place(node)
+
+
+def _is_in_place(node: Node) -> bool:
+    if isinstance(node.target, torch._ops.OpOverload):
+        return node.target._schema.is_mutable
+    name = describe_use(node)
+    is_operator = getattr(node.target, "__module__", "") == "_operator" and (name[:1] == "i" or name == "setitem")
+    is_named_so = (name.endswith("_") and not name.endswith("__")) or name in ("__setitem__", "__iadd__", "__imul__")
+    return is_named_so or is_operator or node.kwargs.get("out") is not None
+
+
 def product_operands(node: Node) -> tuple[Argument, Argument, Argument] | None:
     """Returns x, w, bias of any form of a product x w that can stand for a linear, None for any other node.
 

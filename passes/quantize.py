@@ -12,6 +12,7 @@ from quaff_fx.passes.normalize import erase_unused_views
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import Argument
 
+from quaff_fx.errors import PassError
 from quaff_fx.ops import STATIC_MOMENTUM
 
 QUANTIZE_ACTIVATION = torch.ops.quaff.quantize_activation.default
@@ -39,7 +40,8 @@ class QuantizeLinears:
     place between them; a static smoothing scale (momentum 1) has no update. The activation is detached
     because its integers carry no gradient: `quaff.linear` has its own, dx = dy W, which needs neither s nor x.
     Runs after `NormalizeProducts`. A marker that something else reads (or a linear that reduces over the
-    out-features) stays: it dequantizes and multiplies in float, which is right and slow, and is reported.
+    out-features) stays: it dequantizes and multiplies in float, which is right and slow, and is reported. An edit of a
+    weight in place is refused.
     """
 
     def __call__(self, graph_module: GraphModule) -> PassResult:
@@ -67,6 +69,11 @@ class QuantizeLinears:
         erase_unused_views(graph)
         for marker in [node for node in graph.nodes if matching.is_call(node, matching.DEQUANTIZE_WEIGHT)]:
             for user, _ in matching.uses(marker):
+                if matching.edits_weight(user):
+                    name = f"{matching.site_name(marker)}: is edited in place by {matching.describe_use(user)}"
+                    raise PassError(
+                        f"{name}, expected no edit of an int8 weight: it would be lost. Exclude it in the config."
+                    )
                 reason = f"dequantized for {matching.describe_use(user)}, which is no linear over its in-features"
                 changes.append(Change(matching.site_name(marker), "left alone", reason))
             if not marker.users:

@@ -156,6 +156,30 @@ def test_what_reads_only_values_is_no_product_lookup_edit_or_view(target: Any, r
     assert matching.reads_values(node_of(target, "%w", "%x")) is reads
 
 
+@pytest.mark.parametrize(
+    ("target", "edits"),
+    [
+        ("add_", True),
+        ("__setitem__", True),
+        (operator.iadd, True),
+        (operator.setitem, True),
+        (torch.ops.aten.mul_.Tensor, True),
+        ("add", False),
+        (operator.add, False),
+        (operator.invert, False),
+        (torch.ops.aten.mul.Tensor, False),
+        (F.embedding, False),
+    ],
+)
+def test_an_edit_of_a_marked_weight_is_seen(target: Any, edits: bool) -> None:
+    graph_module = trace(lambda p, a, c, s: observed(p, a, c, s))
+    marker = next(node for node in graph_module.graph.nodes if matching.is_call(node, *matching.MARKERS))
+    with graph_module.graph.inserting_after(marker):
+        call = graph_module.graph.call_method if isinstance(target, str) else graph_module.graph.call_function
+        node = call(target, (marker, 1))
+    assert matching.edits_weight(node) is edits
+
+
 def test_a_placeholder_called_like_a_target_is_no_call() -> None:
     graph = Graph()
     assert not matching.is_call(graph.placeholder("t"), "t")

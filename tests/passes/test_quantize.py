@@ -12,6 +12,7 @@ from torch.fx import GraphModule
 from torch.nn import functional as F  # noqa: N812
 
 from quaff_fx import ops
+from quaff_fx.errors import PassError
 from quaff_fx.numerics import sqnr_db
 from tests.passes.tracing import changes_of, nodes, quantized, quantized_values, text, trace
 
@@ -172,6 +173,23 @@ def test_a_cast_weight_is_quantized_for_the_linear_and_dequantized_for_a_norm() 
         f"w_int8: left alone ({reason})",
     ]
     assert (len(nodes(graph_module, LINEAR)), len(nodes(graph_module, MARKER))) == (2, 1)
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda x, w: w.add_(1),
+        lambda x, w: w.t().zero_(),
+        lambda x, w: torch.add(x, 1, out=w),
+        lambda x, w: torch.ops.aten.add_.Tensor(w, x),
+    ],
+    ids=["add_", "transposed", "out", "aten"],
+)
+def test_an_edit_of_an_int8_weight_is_refused(edit: Any) -> None:
+    """Before it is int8 such a weight is left alone; an edit that appears later would change a temporary."""
+    graph_module = graph_of(lambda x, w, b: (F.linear(x, w), edit(x, w)))
+    with pytest.raises(PassError, match=r"w_int8: is edited in place by [\w.]+, expected no edit of an int8 weight"):
+        pipeline.quantize(graph_module)
 
 
 def test_a_weight_that_is_cast_and_edited_is_not_seen_as_the_weight() -> None:
