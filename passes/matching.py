@@ -60,9 +60,11 @@ def transposed_operand(node: object) -> Node | None:
 
 def copied_operand(node: object) -> Node | None:
     """Returns what `node` casts, value for value, or None if it does not, or if the result may be edited."""
-    if isinstance(node, Node) and is_call(node, *_COPIES) and isinstance(node.args[0], Node) and _is_only_read(node):
-        return node.args[0]
-    return None
+    if not isinstance(node, Node) or not is_call(node, *_COPIES) or not isinstance(node.args[0], Node):
+        return None
+    to = dtype(node)
+    is_floating = to is None or to.is_floating_point
+    return node.args[0] if is_floating and _is_only_read(node) else None
 
 
 def _is_only_read(node: Node) -> bool:

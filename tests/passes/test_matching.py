@@ -121,11 +121,14 @@ def test_a_marker_behind_another_op_is_not_seen() -> None:
     assert matching.marked_weight(list(graph_module.graph.nodes)[-2]) is None
 
 
-def test_a_marker_is_seen_behind_a_cast_that_nothing_edits() -> None:
+def test_a_marker_is_seen_behind_a_floating_cast_that_nothing_edits() -> None:
     graph_module = trace(lambda p, a, c, s: observed(p, a, c, s).float().t() @ a)
     product = list(graph_module.graph.nodes)[-2]
     marker = next(node for node in graph_module.graph.nodes if matching.is_call(node, *matching.MARKERS))
     assert matching.marked_weight(product.args[0]) == (marker, True)
+    cast = product.args[0].args[0]
+    cast.meta["example_value"] = torch.empty(4, 4, dtype=torch.int32)
+    assert matching.marked_weight(cast) is None
     graph_module = trace(lambda p, a, c, s: observed(p, a, c, s).float().t().zero_())
     assert matching.marked_weight(list(graph_module.graph.nodes)[-3]) is None
 
