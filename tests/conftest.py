@@ -10,7 +10,25 @@ import pytest
 import torch
 
 import quaff_fx
+from tests import compatibility
 from tests.models import Run, tiny_llama, token_ids
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--write-compatibility", action="store_true", help="write docs/compatibility.md from the tests of this run"
+    )
+
+
+def pytest_configure(config):
+    if config.getoption("--write-compatibility"):
+        config.pluginmanager.register(compatibility.Collector(), "compatibility")
+
+
+def pytest_terminal_summary(terminalreporter, exitstatus, config):
+    collector = config.pluginmanager.get_plugin("compatibility")
+    if collector is not None:
+        terminalreporter.write_line(compatibility.write(collector, exitstatus))
 
 
 @pytest.fixture(autouse=True)
