@@ -6,6 +6,7 @@ import contextlib
 import functools
 import itertools
 import sys
+import threading
 import types
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -91,6 +92,37 @@ def without_kv_cache(model: nn.Module) -> Iterator[None]:
     finally:
         for config in configs.values():
             config.use_cache = True
+
+
+_fastpath_lock = threading.Lock()
+_fastpath_off = 0  # how many calls want it off
+_fastpath_was_on = True
+
+
+@contextlib.contextmanager
+def without_mha_fastpath(model: nn.Module) -> Iterator[None]:
+    """Turns off the fused kernels that `nn.MultiheadAttention` and `nn.TransformerEncoderLayer` run in evaluation.
+
+    They take the weights of a whole layer, so no linear is traced: an evaluation would mark these weights as read by
+    something else, and they would stay in float. They also leave out an adapter of the layer's linears. The switch is
+    torch's own and global: the last of several models that run at the same time turns it on again.
+    """
+    global _fastpath_off, _fastpath_was_on
+    if not any(isinstance(module, nn.MultiheadAttention) for module in model.modules()):
+        yield
+        return
+    with _fastpath_lock:
+        if _fastpath_off == 0:
+            _fastpath_was_on = torch.backends.mha.get_fastpath_enabled()
+            torch.backends.mha.set_fastpath_enabled(False)
+        _fastpath_off += 1
+    try:
+        yield
+    finally:
+        with _fastpath_lock:
+            _fastpath_off -= 1
+            if _fastpath_off == 0:
+                torch.backends.mha.set_fastpath_enabled(_fastpath_was_on)
 
 
 def uninstall(module: nn.Module) -> None:

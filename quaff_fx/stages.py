@@ -64,7 +64,8 @@ class Stages:
         """Runs the root's forward, with what has to happen before and after a training step."""
         guard_peft()  # here too: PEFT may be imported after `compile`
         is_step = module.training and torch.is_grad_enabled()
-        with calls.without_kv_cache(module) if is_step or "labels" in kwargs else contextlib.nullcontext():
+        kv_cache = calls.without_kv_cache(module) if is_step or "labels" in kwargs else contextlib.nullcontext()
+        with calls.without_mha_fastpath(module), kv_cache:
             return self._run_step(module, args, kwargs) if is_step else self._run(module, args, kwargs)
 
     def _run_step(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
