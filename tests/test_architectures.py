@@ -2,18 +2,139 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional
-from transformers import GPT2Config, GPT2LMHeadModel
 
 import quaff_fx
-from tests.models import VOCABULARY, Run, cosine, token_ids, with_lora
+from quaff_fx import calls
+from quaff_fx.api import stages_of
+from tests.architectures import ARCHITECTURES, Batch
+from tests.models import cosine
 
-pytestmark = pytest.mark.compile
+pytestmark = [pytest.mark.compile, pytest.mark.slow]
 
 QUIET = {"progress": False, "calibration_steps": 1}
+
+LEAST = {8: 0.98, 7: 0.95}
+"""Least cosine similarity of a parameter's gradient with float's, median over parameters, by activation bits."""
+
+
+@dataclass
+class Step:
+    loss: float
+    gradients: dict[str, Tensor]
+
+
+def step(model: nn.Module, batch: Batch) -> Step:
+    model.zero_grad()
+    loss = model(**batch).loss
+    loss.backward()
+    return Step(loss.item(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+
+
+@dataclass
+class Outcome:
+    """What one architecture did: its float step, its calibrating step, its first quantized step at 8 and 7 bits."""
+
+    model: nn.Module
+    reference: Step
+    calibrating: Step
+    quantized: dict[int, Step]
+
+    def cosines(self, bits: int) -> dict[str, float]:
+        """Per parameter whose gradient is not zero in float."""
+        got, expected = self.quantized[bits].gradients, self.reference.gradients
+        return {
+            name: torch.cosine_similarity(got[name].flatten(), gradient.flatten(), dim=0).item()
+            for name, gradient in expected.items()
+            if gradient.abs().max() > 0
+        }
+
+
+@pytest.fixture(scope="module")
+def outcome_of() -> Callable[[str], Outcome]:
+    done: dict[str, Outcome] = {}
+
+    def run(name: str) -> Outcome:
+        if name not in done:
+            torch._dynamo.pgo.reset_code_state()
+            architecture = ARCHITECTURES[name]
+            batch = architecture.batch()
+            model = quaff_fx.compile(architecture.model(), QUIET | {"activation_bits": 8})
+            reference = step(architecture.model(), batch)
+            calibrating, compiled = step(model, batch), step(model, batch)
+            quantized = {8: compiled, 7: eager_step_at_seven_bits(architecture.model(), batch)}
+            done[name] = Outcome(model, reference, calibrating, quantized)
+        return done[name]
+
+    return run
+
+
+def eager_step_at_seven_bits(model: nn.Module, batch: Batch) -> Step:
+    """The numbers of the compiled step, without the minutes that Inductor takes."""
+    quaff_fx.compile(model, QUIET | {"activation_bits": 7})
+    quaff_fx.calibrate(model, [batch])
+    for block in stages_of(model).blocks:
+        calls.install(block, calls.call_eagerly)
+    return step(model, batch)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+class TestArchitecture:
+    @pytest.mark.compatibility("Models")
+    def test_gradients_follow_float(self, outcome_of, name, record_property):
+        outcome = outcome_of(name)
+        explanation = quaff_fx.explain(outcome.model)
+        frozen = sum(row.flops for row in explanation.rows if row.reason != "weight is trainable")
+        int8 = sum(row.flops for row in explanation.rows if row.stage == "int8")
+        record_property("int8 share", f"{explanation.int8_share:.0%}")
+        record_property("of what is frozen", f"{int8 / frozen:.0%}")
+        for bits, least in LEAST.items():
+            assert outcome.quantized[bits].gradients.keys() == outcome.reference.gradients.keys()
+            for parameter, gradient in outcome.reference.gradients.items():
+                if gradient.abs().max() > 0:
+                    assert outcome.quantized[bits].gradients[parameter].abs().max() > 0, f"{bits} bits: {parameter}"
+            similarity = torch.tensor(list(outcome.cosines(bits).values())).median().item()
+            record_property(f"gradient cosine, {bits} bits", f"{similarity:.3f}")
+            assert similarity > least, bits
+
+    def test_what_is_int8(self, outcome_of, name):
+        architecture, explanation = ARCHITECTURES[name], quaff_fx.explain(outcome_of(name).model)
+        assert explanation.int8_share == pytest.approx(architecture.int8_share, abs=1e-3)
+        frozen = [row for row in explanation.rows if row.reason and row.reason != "weight is trainable"]
+        assert {row.reason for row in frozen} == architecture.left_alone
+
+    def test_training_goes_on(self, outcome_of, name):
+        outcome, batch = outcome_of(name), ARCHITECTURES[name].batch()
+        assert outcome.calibrating.loss == pytest.approx(outcome.reference.loss, rel=1e-6)
+        assert outcome.quantized[8].loss == pytest.approx(outcome.reference.loss, rel=5e-3)
+        assert outcome.quantized[8].loss != outcome.reference.loss
+        model = outcome.model
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+        losses = []
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            for _ in range(4):
+                losses.append(step(model, batch).loss)
+                optimizer.step()
+        assert losses[-1] < losses[0]
+
+
+def test_one_training_graph_serves_all_blocks_of_a_class(outcome_of):
+    # Encoder and decoder blocks are two classes; of each the first block of T5 has a position bias of its own.
+    for name, graphs in {"Llama": 1, "GPT-2 (Conv1D)": 1, "T5": 4, "Whisper": 2}.items():
+        quantized = [graph for graph in quaff_fx.graphs(outcome_of(name).model) if graph.stage == "quantize"]
+        assert len(quantized) == graphs, name
+
+
+def test_products_of_a_shared_linear_and_of_conv1d(outcome_of):
+    for name, products in {"a linear called twice": 2, "GPT-2 (Conv1D)": 4}.items():
+        graph = quaff_fx.graphs(outcome_of(name).model)[-1]
+        assert graph.rewritten.count("torch.ops.quaff.linear.default(") == products, name
 
 
 class Products(nn.Module):
@@ -62,75 +183,6 @@ def test_every_form_of_a_linear(scope):
         assert stages[f"0.{name}"] == ("int8", "")
     for name in ("left_operand", "both_ways"):
         assert stages[f"0.{name}"] == ("float", "not only linears over one dimension read it")
-
-
-def test_gpt2_conv1d():
-    def build() -> nn.Module:
-        torch.manual_seed(0)
-        config = GPT2Config(
-            n_embd=48,
-            n_layer=2,
-            n_head=4,
-            vocab_size=VOCABULARY,
-            n_positions=64,
-            resid_pdrop=0,
-            embd_pdrop=0,
-            attn_pdrop=0,
-        )
-        return with_lora(
-            GPT2LMHeadModel(config), target_modules=["c_attn", "c_proj", "c_fc"], fan_in_fan_out=True
-        ).train()
-
-    reference = Run(build())
-    reference.step(token_ids())
-    run = Run(quaff_fx.compile(build(), QUIET))
-    run.step(token_ids())
-    run.step(token_ids())
-    assert cosine(run.gradients[1], reference.gradients[0]) > 0.999
-    explanation = quaff_fx.explain(run.model)
-    assert sum(row.stage == "int8" for row in explanation.rows) == 2 * 4
-    assert explanation.rows[0].shape == (48, 144)
-    graph = quaff_fx.graphs(run.model)[-1]
-    assert graph.rewritten.count("torch.ops.quaff.linear.default(") == 4
-
-
-def test_model_without_blocks_is_compiled_whole():
-    model = nn.Sequential(nn.Linear(40, 56), nn.ReLU(), nn.Linear(56, 8)).requires_grad_(False)
-    model.append(nn.Linear(8, 8))
-    quaff_fx.compile(model, QUIET)
-    trained(model, torch.randn(12, 40))
-    assert [row.stage for row in quaff_fx.explain(model).rows] == ["int8", "int8", "float"]
-
-
-def test_inputs_of_two_three_and_four_dimensions():
-    torch.manual_seed(0)
-    for shape in ((6, 40), (2, 3, 40), (2, 1, 3, 40)):
-        model = nn.Sequential(nn.Linear(40, 40).requires_grad_(False), nn.Linear(40, 40))
-        quaff_fx.compile(model, QUIET)
-        x = torch.randn(*shape)
-        expected = model(x)
-        result = model(x)
-        assert result.shape == shape
-        assert torch.nn.functional.mse_loss(result, expected) < 1e-4
-
-
-def test_a_linear_that_is_called_twice():
-    class Twice(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.shared = nn.Linear(40, 40).requires_grad_(False)
-            self.gain = nn.Parameter(torch.ones(40))
-
-        def forward(self, x):
-            return self.shared(torch.tanh(self.shared(x) * self.gain))
-
-    torch.manual_seed(0)
-    model = Twice()
-    x = torch.randn(10, 40)
-    expected = trained(model, x)
-    quaff_fx.compile(model, QUIET)
-    assert cosine(trained(model, x), expected) > 0.999
-    assert quaff_fx.graphs(model)[-1].rewritten.count("torch.ops.quaff.linear.default(") == 2
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
