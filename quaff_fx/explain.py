@@ -41,7 +41,7 @@ class Row:
 
     @property
     def flops(self) -> int:
-        """Multiply-adds per token."""
+        """Multiply-adds per token; of experts, as if the token went to all of them."""
         return math.prod(self.shape)
 
 
@@ -65,7 +65,19 @@ class Explanation:
     @property
     def int8_share(self) -> float:
         """Share of the linear multiply-adds per token that are int8, in [0, 1]."""
-        return sum(row.flops for row in self.rows if row.stage == "int8") / max(1, sum(row.flops for row in self.rows))
+        return sum(row.flops for row in self.rows if row.stage == "int8") / self._flops()
+
+    @property
+    def left_alone(self) -> dict[str, float]:
+        """Why weights are left alone, with the share of the linear multiply-adds per token that each reason takes."""
+        shares: dict[str, float] = defaultdict(float)
+        for row in self.rows:
+            if row.reason:
+                shares[row.reason] += row.flops / self._flops()
+        return dict(shares)
+
+    def _flops(self) -> int:
+        return max(1, sum(row.flops for row in self.rows))
 
     @property
     def bytes_before(self) -> int:
@@ -91,11 +103,12 @@ class Explanation:
             for row in self.rows
             if not row.reason
         ]
-        left_alone: dict[str, list[Row]] = defaultdict(list)
+        by_reason: dict[str, list[Row]] = defaultdict(list)
         for row in self.rows:
             if row.reason:
-                left_alone[row.reason].append(row)
-        for reason, rows in left_alone.items():
+                by_reason[row.reason].append(row)
+        shares = self.left_alone
+        for reason, rows in by_reason.items():
             name = rows[0].name if len(rows) == 1 else f"{rows[0].name} and {len(rows) - 1} more"
             before = _mib(sum(row.bytes_before for row in rows))
             shapes = {row.shape for row in rows}
@@ -103,7 +116,8 @@ class Explanation:
             after = _mib(sum(row.bytes_after for row in rows))
             stages = {row.stage for row in rows}
             stage = rows[0].stage if len(stages) == 1 else "various"
-            table.append((name, shape, stage, "", before, after, reason))
+            why = f"{reason} ({shares[reason]:.1%} of multiply-adds)"
+            table.append((name, shape, stage, "", before, after, why))
         headers = ("weight", "shape", "stage", "outlier channels", "MiB before", "after", "left alone because")
         lines = [tabulate(table, headers=headers), self.summary()]
         if self.also_read:

@@ -38,7 +38,7 @@ ENCODER = {
 
 EXCLUDED = "excluded by the config"
 OUTSIDE = "outside the repeated blocks (scope='blocks')"
-EXPERTS = "weight has 3 dimensions, a linear's has 2"
+THREE_DIMENSIONS = "weight has 3 dimensions, a linear's has 2"
 OTHER_USE = "not only linears over one dimension read it"
 
 
@@ -231,17 +231,17 @@ ARCHITECTURES = {
         0.806,
         HEAD,
     ),
-    "Qwen3-MoE": Architecture(moe, causal_batch, 0.187, HEAD | {EXPERTS}),
+    "Qwen3-MoE": Architecture(moe, causal_batch, 0.187, HEAD | {THREE_DIMENSIONS}),
     "BERT": Architecture(lambda: classifier("Bert"), classification_batch, 0.815, frozenset({OUTSIDE})),
     "RoBERTa": Architecture(
         lambda: classifier("Roberta", max_position_embeddings=66), classification_batch, 0.782, frozenset({OUTSIDE})
     ),
     "T5": Architecture(t5, translation_batch, 0.839, HEAD),
     "ViT": Architecture(
-        vit, image_batch, 0.809, frozenset({OUTSIDE, EXPERTS, "weight has 4 dimensions, a linear's has 2"})
+        vit, image_batch, 0.809, frozenset({OUTSIDE, THREE_DIMENSIONS, "weight has 4 dimensions, a linear's has 2"})
     ),
     "Whisper": Architecture(
-        whisper, speech_batch, 0.782, frozenset({EXPERTS, "tied to model.decoder.embed_tokens.weight"})
+        whisper, speech_batch, 0.782, frozenset({THREE_DIMENSIONS, "tied to model.decoder.embed_tokens.weight"})
     ),
     "nn.Transformer": Architecture(torch_transformer, torch_transformer_batch, 0.381, frozenset({OTHER_USE})),
     "MLP without blocks": plain(Mlp, 0.941, 12, 48, out=8),

@@ -94,6 +94,8 @@ class TestArchitecture:
         int8 = sum(row.flops for row in explanation.rows if row.stage == "int8")
         record_property("int8 share", f"{explanation.int8_share:.0%}")
         record_property("of what is frozen", f"{int8 / frozen:.0%}")
+        left_alone = {why: share for why, share in explanation.left_alone.items() if why != "weight is trainable"}
+        record_property("left in float", "; ".join(f"{share:.0%} {why}" for why, share in left_alone.items()))
         for bits, least in LEAST.items():
             assert outcome.quantized[bits].gradients.keys() == outcome.reference.gradients.keys()
             for parameter, gradient in outcome.reference.gradients.items():
@@ -106,8 +108,10 @@ class TestArchitecture:
     def test_what_is_int8(self, outcome_of, name):
         architecture, explanation = ARCHITECTURES[name], quaff_fx.explain(outcome_of(name).model)
         assert explanation.int8_share == pytest.approx(architecture.int8_share, abs=1e-3)
-        frozen = [row for row in explanation.rows if row.reason and row.reason != "weight is trainable"]
-        assert {row.reason for row in frozen} == architecture.left_alone
+        assert explanation.left_alone.keys() - {"weight is trainable"} == architecture.left_alone
+        assert explanation.int8_share + sum(explanation.left_alone.values()) == pytest.approx(1)
+        for reason, share in explanation.left_alone.items():
+            assert f"{reason} ({share:.1%} of multiply-adds)" in str(explanation)
 
     def test_training_goes_on(self, outcome_of, name):
         outcome, batch = outcome_of(name), ARCHITECTURES[name].batch()
