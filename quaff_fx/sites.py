@@ -111,6 +111,8 @@ def _reason_left_alone(
         return f"weight has {weight.ndim} dimensions, a linear's has 2"
     if reason := _reason_by_config(site, config):
         return reason
+    if isinstance(site.module, (nn.MultiheadAttention, nn.modules.linear.NonDynamicallyQuantizableLinear)):
+        return "inside nn.MultiheadAttention, which is traced as one operation"
     if len(names) > 1:
         return f"tied to {next(name for name in names if name != site.weight_name)}"
     if weight.dtype not in DTYPES:

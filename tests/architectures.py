@@ -39,7 +39,7 @@ ENCODER = {
 EXCLUDED = "excluded by the config"
 OUTSIDE = "outside the repeated blocks (scope='blocks')"
 THREE_DIMENSIONS = "weight has 3 dimensions, a linear's has 2"
-OTHER_USE = "not only linears over one dimension read it"
+IN_ATTENTION = "inside nn.MultiheadAttention, which is traced as one operation"
 
 
 @dataclass(frozen=True)
@@ -243,7 +243,7 @@ ARCHITECTURES = {
     "Whisper": Architecture(
         whisper, speech_batch, 0.782, frozenset({THREE_DIMENSIONS, "tied to model.decoder.embed_tokens.weight"})
     ),
-    "nn.Transformer": Architecture(torch_transformer, torch_transformer_batch, 0.381, frozenset({OTHER_USE})),
+    "nn.Transformer": Architecture(torch_transformer, torch_transformer_batch, 0.381, frozenset({IN_ATTENTION})),
     "MLP without blocks": plain(Mlp, 0.941, 12, 48, out=8),
     "a linear called twice": plain(CalledTwice, 1.0, 12, 48),
     "tied weights": Architecture(

@@ -178,6 +178,20 @@ def test_an_empty_exclude_takes_the_head_as_well() -> None:
     assert reasons(frozen_decoder(), exclude=())["lm_head"] == ""
 
 
+def test_weights_inside_the_attention_of_torch_are_left_alone_with_a_reason() -> None:
+    """Dynamo traces `multi_head_attention_forward` as one operation: there is no linear to see."""
+    layer = nn.TransformerDecoderLayer(8, 2, 16).requires_grad_(False)
+    reason = "inside nn.MultiheadAttention, which is traced as one operation"
+    assert {site.weight_name: site.reason for site in find_sites(layer, QuaffConfig())} == {
+        f"{attention}.{weight}": reason
+        for attention in ("self_attn", "multihead_attn")
+        for weight in ("in_proj_weight", "out_proj.weight")
+    } | {"linear1.weight": "", "linear2.weight": ""}
+    separate = nn.MultiheadAttention(8, 2, kdim=4, vdim=4).requires_grad_(False)
+    with pytest.raises(ConfigError, match=f"4 × {reason}"):
+        find_sites(separate, QuaffConfig())
+
+
 def test_being_trainable_is_the_first_reason_given() -> None:
     model = frozen_decoder()
     model.lm_head.requires_grad_(True)
