@@ -21,8 +21,8 @@ PAGE = ROOT / "docs" / "compatibility.md"
 COMMAND = "python -m pytest -m compatibility --write-compatibility"
 INTRODUCTION = f"""# Compatibility
 
-Written by `{COMMAND}`: each row is a test, or several, of that run. Models are tiny and random, so that every
-one of them trains on two cores in seconds.
+Each row is a test, or several, of the run that wrote this page: `{COMMAND}`.
+Models are tiny and random, so that every one of them trains on two cores in seconds.
 
 *int8 share* is the share of all linear multiply-adds, adapters included (rank 4 on width 48 makes them an eighth); *of
 what is frozen* leaves trainable weights out. Experts count as if all were used. *gradient cosine* is the cosine

@@ -171,6 +171,7 @@ class TestSteps:
         run.step(token_ids(seed=2))
         assert torch.equal(outliers.smoothing_scale, written)
 
+    @pytest.mark.compatibility("Running modes", "gradient checkpointing of transformers, both kinds")
     @pytest.mark.parametrize("use_reentrant", [False, True])
     def test_checkpointing_changes_neither_loss_nor_scale(self, use_reentrant):
         config = QUIET | {"smoothing": "momentum", "outlier_budget": 0.05}
@@ -215,6 +216,7 @@ class TestSteps:
         finally:
             model.train()
 
+    @pytest.mark.compatibility("Running modes", "sequence lengths vary (four graphs at most)")
     def test_sequence_lengths_are_dynamic_after_the_second(self):
         model = quaff_fx.compile(tiny_llama(2), QUIET)
         run = Run(model)
@@ -230,6 +232,7 @@ class TestSteps:
 
 
 class TestCopies:
+    @pytest.mark.compatibility("Running modes", "deepcopy and pickle of int8 weights")
     def test_deepcopy_and_pickle_go_on_quantized(self, quantized_llama):
         expected = quantized_llama.step(token_ids())
         for copied in (copy.deepcopy(quantized_llama.model), pickle.loads(pickle.dumps(quantized_llama.model))):

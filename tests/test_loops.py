@@ -105,6 +105,7 @@ def reference() -> nn.Module:
 
 
 class TestPlainLoop:
+    @pytest.mark.compatibility("Training loops", "plain PyTorch: AdamW, schedule, clipping")
     def test_the_loss_curve_follows_float(self):
         def loop(model: nn.Module) -> list[float]:
             optimizer = optimizer_of(model)
@@ -124,6 +125,7 @@ class TestPlainLoop:
         assert_curve_follows(got, expected)
         assert got[:2] == pytest.approx(expected[:2], rel=1e-6)
 
+    @pytest.mark.compatibility("Running modes", "several forwards before one backward")
     @pytest.mark.parametrize("smoothing", ["split", "momentum"])
     def test_several_forwards_before_one_backward(self, reference, smoothing):
         """Pairs for a contrastive loss, say: the second forward commits a scale that the first one has read."""
@@ -137,6 +139,7 @@ class TestPlainLoop:
             gradients.append({name: p.grad.clone() for name, p in each.named_parameters() if p.requires_grad})
         assert cosine(*gradients) > 0.99
 
+    @pytest.mark.compatibility("Running modes", "two models in one process")
     def test_two_models_at_once(self):
         def models() -> list[nn.Module]:
             first, second = learner(), tiny_llama()
@@ -159,6 +162,7 @@ class TestPlainLoop:
         assert together == alone
         assert together[0] != together[1]
 
+    @pytest.mark.compatibility("Running modes", "batch sizes vary (one dynamic graph)")
     @pytest.mark.usefixtures("varying_sizes")
     def test_batch_sizes_vary(self, quantized, reference):
         before = len(quaff_fx.graphs(quantized))
@@ -171,6 +175,7 @@ class TestPlainLoop:
         # One dynamic batch size, for the first block and for the others.
         assert len(quaff_fx.graphs(quantized)) - before == 2
 
+    @pytest.mark.compatibility("Running modes", "padding, left and right")
     @pytest.mark.parametrize("side", ["left", "right"])
     def test_padding(self, quantized, reference, side):
         ids, mask = token_ids(), torch.ones(2, 24, dtype=torch.long)
@@ -200,6 +205,7 @@ class TestPlainLoop:
 
 
 class TestEvaluation:
+    @pytest.mark.compatibility("Running modes", "eval(), no_grad, inference_mode")
     def test_between_training_steps(self, quantized, reference):
         run = Run(quantized)
         before = run.step(token_ids())
@@ -317,6 +323,7 @@ class TestAutocast:
             assert torch.equal(run.gradients[0][name], gradient), name
 
 
+@pytest.mark.compatibility("Training loops", "Accelerate: accumulation, clipping")
 def test_accelerate():
     def loop(model: nn.Module) -> list[float]:
         accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
@@ -384,6 +391,7 @@ class TestTrainer:
         quantized = Records(quaff_fx.compile(learner(), TWO_STEPS), folder / "quantized")
         return quantized, Records(learner(), folder / "float")
 
+    @pytest.mark.compatibility("Training loops", "Trainer: accumulation, clipping, evaluation")
     def test_losses_follow_the_float_run(self, records):
         quantized, plain = records
         assert len(plain.losses) == 6
@@ -428,6 +436,7 @@ class TestTrainer:
             quantized.model.delete_adapter("of_float_run")
         assert sum(losses) / 2 == pytest.approx(plain.evaluations[-1], rel=CURVE)
 
+    @pytest.mark.compatibility("Training loops", "Trainer, bf16=True")
     def test_bf16(self, tmp_path):
         quantized = Records(quaff_fx.compile(learner(), TWO_STEPS), tmp_path / "quantized", bf16=True)
         plain = Records(learner(), tmp_path / "float", bf16=True)
@@ -435,6 +444,7 @@ class TestTrainer:
         assert quantized.evaluations == pytest.approx(plain.evaluations, rel=2 * CURVE)
         assert quaff_fx.explain(quantized.model).int8_share > 0.8
 
+    @pytest.mark.compatibility("Training loops", "Trainer, gradient_checkpointing=True")
     def test_gradient_checkpointing(self, tmp_path):
         arguments = {"gradient_checkpointing": True, "max_steps": 4, "eval_strategy": "no", "save_strategy": "no"}
         quantized = Records(quaff_fx.compile(learner(), TWO_STEPS), tmp_path / "quantized", **arguments)

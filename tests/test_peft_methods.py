@@ -166,8 +166,10 @@ def assert_follows(run: Run, reference: Run, least: float = 0.98) -> None:
 
 @pytest.mark.parametrize("name", METHODS)
 class TestFirstQuantizedStep:
-    def test_gradients_follow_float(self, trained, name):
+    @pytest.mark.compatibility("Adapters")
+    def test_gradients_follow_float(self, trained, name, record_property):
         this = trained(name)
+        record_property("int8 share", f"{quaff_fx.explain(this.model).int8_share:.0%}")
         assert_follows(this.run, this.reference)
         assert this.run.losses[1] == pytest.approx(this.reference.losses[0], rel=5e-3)
         assert this.run.losses[1] != this.run.losses[0]
@@ -243,6 +245,7 @@ class TestMerging:
 
 
 class TestAdapters:
+    @pytest.mark.compatibility("Adapters", "switching between two adapters")
     def test_switching_between_two(self):
         def build() -> nn.Module:
             model = lora()
@@ -265,6 +268,7 @@ class TestAdapters:
         assert len(quaff_fx.graphs(run.model)) == graphs
         assert run.losses[-1] == run.losses[2]
 
+    @pytest.mark.compatibility("Adapters", "disable_adapter()")
     def test_disabled_it_is_the_reference_model(self, trained):
         """DPO and the like ask the same model, without its adapter, for reference log-probabilities."""
         this = trained("rsLoRA")
@@ -278,6 +282,7 @@ class TestAdapters:
         assert error < 0.02 < 0.1 < (adapted - plain).norm() / plain.norm()
         assert step(this.run) == before
 
+    @pytest.mark.compatibility("Adapters", "added after compile")
     @pytest.mark.parametrize("converted", [False, True])
     def test_added_after_compile(self, converted):
         """`get_peft_model` on a compiled base, before calibration or on weights that are int8 already."""
