@@ -261,6 +261,7 @@ class TestAutocast:
                     run.step(token_ids())
         return runs
 
+    @pytest.mark.compatibility("Running modes", "torch.autocast")
     def test_loss_and_gradients_follow_float_under_autocast(self, runs):
         run, reference = runs
         assert run.losses[0] == pytest.approx(reference.losses[0], rel=1e-6)

@@ -84,6 +84,7 @@ def is_left_nothing_beside(folder: Path) -> bool:
 
 class TestIntoTheCheckpoint:
     @pytest.mark.parametrize("name", ADAPTERS)
+    @pytest.mark.compatibility("Merging", "merge_into_checkpoint")
     def test_equals_what_peft_merges_into_the_float_model(self, source, tmp_path, name):
         reference = adapted(source, ADAPTERS[name]()).merge_and_unload()
         model = quantized(adapted(source, ADAPTERS[name]()))
@@ -318,6 +319,7 @@ class TestIntoInt8Weights:
 
     @pytest.mark.parametrize("name", ["LoRA and modules_to_save", "DoRA", "IA3"])
     @pytest.mark.parametrize("added", ["before", "after"])
+    @pytest.mark.compatibility("Merging", "merge_and_unload into int8: refused, with the way out")
     def test_refused_with_the_way_out_and_the_model_stays(self, source, name, added):
         if added == "before":
             model = quantized(adapted(source, ADAPTERS[name]()))
@@ -364,6 +366,7 @@ class TestIntoInt8Weights:
         torch.testing.assert_close(layer.base_layer.weight, before, rtol=0, atol=1e-6)
 
 
+@pytest.mark.compatibility("Merging", "dequantize, then merge_and_unload and save_pretrained")
 def test_dequantized_merged_saved_and_loaded_it_is_the_same_model(source, tmp_path):
     """The way without the original checkpoint: what is saved carries the rounding of the int8 weights."""
     model = quaff_fx.dequantize(quantized(adapted(source, ADAPTERS["LoRA"]()))).eval()

@@ -178,6 +178,7 @@ def assert_same_checkpoint(left: Path, right: Path) -> None:
 
 @pytest.mark.compile
 @pytest.mark.slow
+@pytest.mark.compatibility("Training loops", "Trainer, resumed bit for bit, also after SIGKILL")
 def test_a_run_that_is_killed_again_and_again_is_the_uninterrupted_one(uninterrupted: Path, tmp_path: Path) -> None:
     """One checkpoint is kept, so each kill would lose the run if an older one were deleted too early."""
     deaths = [
