@@ -296,10 +296,14 @@ def has_fast_int_mm() -> bool:
 # --- quaff_fx ------------------------------------------------------------------------------------------------------
 
 
-def quaff_fx_compiled(bits: int, dtype: torch.dtype, model: nn.Module) -> nn.Module:
+def quaff_fx_compiled(bits: int, dtype: torch.dtype, model: nn.Module, **config: Any) -> nn.Module:
     """The default config but for the bits; one calibration step, so that it does as many real steps as the others."""
-    config = quaff_fx.QuaffConfig(activation_bits=bits, calibration_steps=1, progress=False)
+    config = {"activation_bits": bits, "calibration_steps": 1, "progress": False} | config
     return quaff_fx.compile(model.to(dtype), config)
+
+
+PAPER = {"smoothing": "momentum", "outlier_rule": "mean_multiple", "outlier_budget": OUTLIER_BUDGET}
+"""What the paper does, in the config of quaff_fx: no rotation, a smoothing scale that follows the activations."""
 
 
 SYSTEMS = (
@@ -323,6 +327,12 @@ SYSTEMS = (
     System("Quaff, eager modules", quaff_eager, calibrates=True),
     System("quaff_fx, 8 bits", partial(quaff_fx_compiled, 8, torch.float32), calibrates=True, activation_max=127),
     System("quaff_fx, 7 bits", partial(quaff_fx_compiled, 7, torch.float32), calibrates=True, activation_max=63),
+    System(
+        "quaff_fx, 8 bits, as in the paper",
+        partial(quaff_fx_compiled, 8, torch.float32, **PAPER),
+        calibrates=True,
+        activation_max=127,
+    ),
     System(
         "quaff_fx, 8 bits, bfloat16 model",
         partial(quaff_fx_compiled, 8, torch.bfloat16),
