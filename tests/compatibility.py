@@ -28,7 +28,7 @@ Models are tiny and random, so that every one of them trains on two cores in sec
 what is frozen* leaves trainable weights out. Experts count as if all were used. *gradient cosine* is the cosine
 similarity of a trainable parameter's gradient in the first quantized step with float's, median over parameters.
 """
-SECTIONS = ("Models", "Adapters", "Running modes", "Training loops")
+SECTIONS = ("Models", "Adapters", "Merging", "Running modes", "Training loops")
 WORKS = "works"
 
 
