@@ -40,16 +40,16 @@ def int8_roofline(
     )
     seconds: Counter[str] = Counter()
     for n, k, tokens in forward:
-        for _, _, direction, name, milliseconds, *_ in int8_product.product_rows(["native"], n, k, tokens):
+        for _, _, direction, name, milliseconds, *_ in int8_product.product_rows([cpu.DEFAULT_VARIANT], n, k, tokens):
             times = (forward if direction == "forward" else backward)[n, k, tokens]
             seconds[str(name)] += times * float(str(milliseconds)) / 1e3  # type: ignore[assignment]
     operations = 2 * sum(linear.multiply_adds for linear in linears)
     connection.send(
         {
             q: Roofline(
-                int8_product.peak("native", q) * threads / 1e9,
-                operations / seconds[f"native, Q={q}"] / 1e9,
-                seconds[f"native, Q={q}"],
+                int8_product.peak(cpu.DEFAULT_VARIANT, q) * threads / 1e9,
+                operations / seconds[f"{cpu.DEFAULT_VARIANT}, Q={q}"] / 1e9,
+                seconds[f"{cpu.DEFAULT_VARIANT}, Q={q}"],
                 seconds["float32"],
             )
             for q in activation_maxes
