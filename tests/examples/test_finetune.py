@@ -1,6 +1,5 @@
 """The example program, run as a person would on a tiny random model, without any network."""
 
-import os
 import signal
 import subprocess
 import sys
@@ -148,10 +147,10 @@ class TestInterrupt:
 
     def test_a_second_one_ends_the_program_at_once(self) -> None:
         with finetune.StopRequest() as stop:
-            os.kill(os.getpid(), signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
             assert stop.requested
             with pytest.raises(KeyboardInterrupt):
-                os.kill(os.getpid(), signal.SIGINT)
+                signal.raise_signal(signal.SIGINT)
 
     def test_handlers_are_as_before_afterwards(self) -> None:
         before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
