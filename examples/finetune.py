@@ -271,7 +271,7 @@ def parse_options(arguments: list[str]) -> argparse.Namespace:
 
     quaff = parser.add_argument_group("quaff_fx").add_argument
     quaff("--calibration-steps", type=whole(1), default=8, help="first steps, only observed (default: %(default)s)")
-    quaff("--outlier-budget", type=between(0, 0.25), default=0.03, help="largest share of outlier channels (0.03)")
+    quaff("--outlier-budget", type=between(0, 0.25), default=0.01, help="largest share of outlier channels (0.01)")
     quaff(
         "--activation-bits",
         type=lambda text: int(text) if text.isdecimal() else text,
