@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import quaff_fx
 from benchmarks import accuracy_layers as layers
 from benchmarks import peers
-from benchmarks.peers import QuaffLinear, adapted_layers, with_base_layers
+from benchmarks.peers import PAPER, QuaffLinear, adapted_layers, with_base_layers
 from examples.word_problems import Batch
 from quaff_fx import calls
 from quaff_fx.api import stages_of
@@ -149,7 +149,6 @@ def without_compiler(model: nn.Module) -> nn.Module:
     return model
 
 
-PAPER = {"smoothing": "momentum", "outlier_rule": "mean_multiple", "outlier_budget": 0.01}
 SQUARE_ROOT = {"smoothing": "momentum", "outlier_budget": 0.01}
 
 CONFIGS: dict[str, Mapping[str, object]] = {
