@@ -177,11 +177,12 @@ class TestFirstQuantizedStep:
 
     def test_gradients_follow_float_at_seven_bits_too(self, trained, name):
         """Run eagerly: the numbers of the compiled step, without the time that Inductor takes."""
-        model = quaff_fx.compile(METHODS[name](), EIGHT_BITS | {"activation_bits": 7})
-        quaff_fx.calibrate(model, [token_ids()])
-        for block in stages_of(model).blocks:
+        run = Run(quaff_fx.compile(METHODS[name](), EIGHT_BITS | {"activation_bits": 7}))
+        step(run)
+        stages = stages_of(run.model)
+        stages.convert()
+        for block in stages.blocks:
             calls.install(block, calls.call_eagerly)
-        run = Run(model)
         step(run)
         assert_follows(run, trained(name).reference, least=0.95)
 
