@@ -1,17 +1,20 @@
 """As good as full precision? Fine-tuning on frozen weights in int8 beside float32 and other ways of quantizing.
 
     python benchmarks/accuracy.py                               # SmolLM2-135M, some 35 minutes on two cores
-    python benchmarks/accuracy.py --seeds 0 1 2 3               # more trainings, beside those that are there
+    python benchmarks/accuracy.py --seeds 0 1 2 3               # one more, beside those that are there
     python benchmarks/accuracy.py --methods quaff_fx "plain W8A8" --stages before --eager
+    python benchmarks/accuracy.py --ablations                   # what each choice in the default is worth
     python benchmarks/accuracy.py --model my/model --output runs/my-model
 
 Everything is compared with float32 in pairs: the same held-out problem, window or question, the same first values of
 the adapter, the same training problems. Nothing that is measured was trained or calibrated on.
 
     before     fine-tuning: held-out word problems, Shakespeare, MMLU's example questions, the gradient of the adapters
-    after      LoRA fine-tuning on word problems, once for each seed: of adapter, calibration and training problems
+    after      LoRA fine-tuning on word problems
     injected   outliers that change nothing in float32, at the fewest bits
     adapters   prompt tuning, P-tuning and IA³ beside LoRA
+
+A seed is that of the adapter, of the calibration and training problems, and of the channels that get outliers.
 
 Each result is stored at once. The same command, started again, goes on where it was stopped.
 """
@@ -36,8 +39,17 @@ from transformers.utils.logging import disable_progress_bar
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.accuracy_bench import INJECTED_FACTORS, STAGES, TASKS, Bench, planned, sizes, stored  # noqa: E402
-from benchmarks.accuracy_methods import ADAPTERS, METHODS  # noqa: E402
+from benchmarks.accuracy_bench import (  # noqa: E402
+    INJECTED_FACTORS,
+    STAGES,
+    TASKS,
+    Bench,
+    methods_of,
+    planned,
+    sizes,
+    stored,
+)
+from benchmarks.accuracy_methods import ABLATIONS, ADAPTERS, METHODS  # noqa: E402
 from benchmarks.accuracy_results import (  # noqa: E402
     Results,
     SettingsError,
@@ -122,8 +134,9 @@ def report(results: Results, reasons: dict[str, str], options: argparse.Namespac
         if text := table(shown, columns, list(ADAPTERS) if is_of_adapters else ["LoRA"]):
             print(f"\n{title}\n\n{text}")
     seeds = " ".join(str(seed) for seed in sorted({cell.seed for cell in results}))
+    problems = f"{options.words} {'validation' if options.ablations else 'held-out'} problems"
     print(
-        f"\n{options.model}: {options.words} word problems, {options.windows} windows of Shakespeare, "
+        f"\n{options.model}: {problems}, {options.windows} windows of Shakespeare, "
         f"{options.choices} questions; {options.steps} steps of {options.batch_size} × {options.max_tokens} tokens; "
         f"seeds {seeds}.\nΔ: mean of the paired differences to float32 ± standard error; the row of float32 has its "
         "loss.\nIn brackets the lowest and highest seed. * The 95 % interval, over windows and seeds, excludes zero."
@@ -149,7 +162,7 @@ def parse_options(arguments: list[str]) -> argparse.Namespace:
     add("--methods", nargs="+", metavar="WORDS", help="those with one of these in their name, and float32")
     add("--stages", nargs="+", choices=STAGES, default=list(STAGES), help="(default: all)")
     add("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="(default: all)")
-    add("--seeds", nargs="+", type=int, default=[0, 1], help="a training for each (default: 0 1)")
+    add("--seeds", nargs="+", type=int, default=[0, 1, 2], help="everything once for each (default: 0 1 2)")
     add("--steps", type=int, default=24, help="of fine-tuning (default: %(default)s)")
     add("--batch-size", type=int, default=2, help="problems in a step (default: %(default)s)")
     add("--max-tokens", type=int, default=192, help="in a problem or window (default: %(default)s)")
@@ -160,8 +173,16 @@ def parse_options(arguments: list[str]) -> argparse.Namespace:
     add("--eager", action="store_true", help="run quaff_fx without compiling its int8 blocks: the same numbers")
     add("--threads", type=int, help="CPU threads (default: torch's own choice)")
     add("--output", type=Path, default=ROOT / "runs" / "accuracy", help="folder for results (default: runs/accuracy)")
+    add(
+        "--ablations",
+        action="store_true",
+        help=f"{len(ABLATIONS) - 1} forms of Quaff's linear, emulated, on validation problems",
+    )
     add("--report", action="store_true", help="measure nothing; the tables of all that the folder holds, of any method")
     add("--stop-at-errors", action="store_true", help="fail where a method fails, instead of going on with the next")
+    if "--ablations" in arguments:
+        folder = ROOT / "runs" / "ablations"
+        parser.set_defaults(stages=["before"], tasks=["gradient"], output=folder)
     options = parser.parse_args(arguments)
     for name in ("steps", "batch_size", "max_tokens", "words", "windows", "choices", "answers", "threads"):
         value, least = getattr(options, name), 0 if name == "answers" else 1
@@ -170,8 +191,8 @@ def parse_options(arguments: list[str]) -> argparse.Namespace:
     if min(options.seeds) < 0 or len(set(options.seeds)) < len(options.seeds):
         parser.error(f"argument --seeds: is {options.seeds}, expected different numbers of 0 or more.")
     for word in options.methods or []:
-        if not any(word in method.name for method in METHODS):
-            names = ", ".join(repr(method.name) for method in METHODS)
+        if not any(word in method.name for method in methods_of(options)):
+            names = ", ".join(repr(method.name) for method in methods_of(options))
             parser.error(f"argument --methods: {word!r} matches none, expected part of one of {names}.")
     if options.output.exists() and not options.output.is_dir():
         parser.error(f"argument --output: {options.output} is a file, expected a folder. Name another.")
@@ -184,6 +205,8 @@ def main(arguments: list[str]) -> int:
         torch.set_num_threads(options.threads)
     disable_progress_bar()  # loading takes a second, and its bar would stand beside the one that matters
     settings = {"model": options.model, "eager": options.eager, **asdict(sizes(options))}
+    if options.ablations:
+        settings["ablations"] = True
     try:
         results, reasons = measure_all(options, Store(options.output, settings))
     except (SettingsError, smollm2.DownloadError) as error:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from benchmarks import accuracy_methods as methods
 from benchmarks import accuracy_tasks as tasks
-from benchmarks.accuracy_methods import ADAPTERS, METHODS, Method
+from benchmarks.accuracy_methods import ABLATIONS, ADAPTERS, METHODS, Method
 from benchmarks.accuracy_results import Cell, Store
 from benchmarks.accuracy_tasks import Material, Measures, Sizes
 from examples import smollm2
@@ -20,7 +20,6 @@ from examples import smollm2
 STAGES = ("before", "after", "injected", "adapters")
 TASKS = ("words", "shakespeare", "choices", "gradient", "answers")
 INJECTED_FACTORS = (100, 1000)
-INJECTED_BATCHES = 4
 
 
 @dataclass(frozen=True)
@@ -32,7 +31,7 @@ class Group:
 
 
 def planned(options: argparse.Namespace) -> list[Group]:
-    """Returns everything to measure; what does not depend on training takes the first seed alone."""
+    """Returns everything to measure: all methods with one seed, then with the next."""
     found = []
     for seed in options.seeds:
         for method in selected_methods(options):
@@ -47,22 +46,21 @@ def groups_of_row(method: Method, bits: int, seed: int, options: argparse.Namesp
     def cells(adapter: str, stage: str, names: Iterable[str]) -> tuple[Cell, ...]:
         return tuple(Cell(method.name, bits, adapter, seed, stage, name) for name in names)
 
-    is_first = seed == options.seeds[0]
     chosen = [task for task in TASKS if task in options.tasks]
     before = [task for task in chosen if task != "answers" and (task, method.name) != ("gradient", "float32")]
     after = [task for task in chosen if task not in ("gradient", "answers")]
     if "answers" in chosen and options.answers:
         after.append(f"answers {options.answers}")
     wanted: tuple[Cell, ...] = ()
-    if "before" in options.stages and is_first:
+    if "before" in options.stages:
         wanted += cells("LoRA", "before", before)
     if "after" in options.stages:
         wanted += cells("LoRA", "after", ["training", *after])
     yield Group(method, wanted)
-    if "injected" in options.stages and is_first and method.is_stressed and bits == min(method.bits):
+    if "injected" in options.stages and method.is_stressed and bits == min(method.bits):
         for factor in INJECTED_FACTORS:
             yield Group(method, cells("LoRA", f"injected {factor}", ["words"]))
-    if "adapters" in options.stages and is_first and method.is_adapted:
+    if "adapters" in options.stages and method.is_adapted:
         for adapter in ADAPTERS:
             if adapter != "LoRA":
                 before_and_after = cells(adapter, "before", ["words"]) + cells(adapter, "after", ["training", "words"])
@@ -75,22 +73,28 @@ def stored(options: argparse.Namespace, store: Store) -> list[Group]:
     cells = [cell for cell in store.cells() if cell.task == answers or not cell.task.startswith("answers")]
     return [
         Group(method, tuple(cell for cell in cells if (cell.method, cell.bits) == (method.name, bits)))
-        for method in METHODS
+        for method in methods_of(options)
         for bits in method.bits
     ]
 
 
+def methods_of(options: argparse.Namespace) -> tuple[Method, ...]:
+    """Returns the methods that `--methods` chooses from."""
+    return ABLATIONS if options.ablations else METHODS
+
+
 def selected_methods(options: argparse.Namespace) -> list[Method]:
-    """The default ones, or those with one of the words in their name; a whole name means that method alone."""
+    """All, or those with one of the words in their name; a whole name means that method alone."""
+    known = methods_of(options)
     if not options.methods:
-        return [method for method in METHODS if method.is_default]
-    names = [method.name for method in METHODS]
+        return list(known)
+    names = [method.name for method in known]
     wanted = {
         name
         for word in ["float32", *options.methods]
         for name in ([word] if word in names else [name for name in names if word in name])
     }
-    return [method for method in METHODS if method.name in wanted]
+    return [method for method in known if method.name in wanted]
 
 
 def sizes(options: argparse.Namespace) -> Sizes:
@@ -110,7 +114,7 @@ class Bench:
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
         _, tokenizer = smollm2.load_model(options.model)
-        self.material = Material(tokenizer, sizes(options))
+        self.material = Material(tokenizer, sizes(options), is_validation=options.ablations)
         self.float_gradients = cache(self._float_gradients)
 
     def measure(self, group: Group, missing: set[Cell]) -> Iterator[tuple[Cell, Measures]]:
@@ -120,7 +124,7 @@ class Bench:
         material = self.material
         model = self._adapted(first)
         model = group.method.prepare(model, first.bits, material.calibration(first.seed)).eval()
-        if group.method.config is not None and self.options.eager:
+        if group.method.is_compiled and self.options.eager:
             methods.without_compiler(model)
         is_trained = False
         for cell in group.cells:
@@ -139,8 +143,6 @@ class Bench:
         if cell.task == "gradient":
             expected = self.float_gradients(cell.seed)
             return tasks.gradient_distance(self._gradients(model, cell.seed), expected)
-        if cell.stage.startswith("injected"):
-            return tasks.losses(model, material.words[:INJECTED_BATCHES])
         measured: dict[str, Callable[[], Measures]] = {
             "words": lambda: tasks.losses(model, material.words),
             "shakespeare": lambda: tasks.losses(model, material.shakespeare),
@@ -152,7 +154,7 @@ class Bench:
     def _adapted(self, cell: Cell) -> nn.Module:
         model, _ = smollm2.load_model(self.options.model)
         if cell.stage.startswith("injected"):
-            methods.inject_outliers(model, float(cell.stage.split()[1]))
+            methods.inject_outliers(model, float(cell.stage.split()[1]), cell.seed)
         return methods.adapted(model, cell.adapter, cell.seed)
 
     def _gradients(self, model: nn.Module, seed: int) -> list[Tensor]:

@@ -7,15 +7,17 @@ same parameters from the same values.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, MutableMapping
+from dataclasses import asdict, dataclass, field
 from functools import partial
 
 import torch
 from peft import IA3Config, LoraConfig, PeftConfig, PromptEncoderConfig, PromptTuningConfig, get_peft_model
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 import quaff_fx
+from benchmarks import accuracy_forms as forms
 from benchmarks import accuracy_layers as layers
 from benchmarks import peers
 from benchmarks.peers import PAPER, QuaffLinear, adapted_layers, with_base_layers
@@ -34,8 +36,8 @@ class Method:
         name: in the table.
         prepare: takes the adapted float32 model, the bits and calibration batches; returns the model to measure.
         bits: of the activations, a row for each.
-        config: of quaff_fx, None for other methods.
-        is_default: whether it is measured unless `--methods` says otherwise.
+        config: of quaff_fx or of a form; what is stored with a result. None where there is nothing to choose.
+        is_compiled: whether it is compiled by quaff_fx.
         is_stressed: whether it is measured with injected outliers, at its fewest bits.
         is_adapted: whether it is measured with each of `ADAPTERS` and not only LoRA.
         reason_missing: why it cannot run here, None if it can.
@@ -45,7 +47,7 @@ class Method:
     prepare: Callable[[nn.Module, int, list[Batch]], nn.Module]
     bits: tuple[int, ...] = (8, 7)
     config: Mapping[str, object] | None = None
-    is_default: bool = True
+    is_compiled: bool = False
     is_stressed: bool = False
     is_adapted: bool = False
     reason_missing: Callable[[], str | None] = field(default=lambda: None)
@@ -149,40 +151,41 @@ def without_compiler(model: nn.Module) -> nn.Module:
     return model
 
 
-SQUARE_ROOT = {"smoothing": "momentum", "outlier_budget": 0.01}
-
 CONFIGS: dict[str, Mapping[str, object]] = {
     "quaff_fx: Quaff's formulas": PAPER,
     "quaff_fx: default": {},
 }
-"""The configurations of quaff_fx that stand in the main table."""
-
-ABLATIONS: dict[str, Mapping[str, object]] = {
-    "quaff_fx: no outlier channels": {"outlier_budget": 0.0},
-    "quaff_fx: outlier channels 0.5 %": {"outlier_budget": 0.005},
-    "quaff_fx: outlier channels 3 %": {"outlier_budget": 0.03},
-    "quaff_fx: not rotated": {"rotation": 1},
-    "quaff_fx: not rotated, outlier channels 3 %": {"rotation": 1, "outlier_budget": 0.03},
-    "quaff_fx: rotated by 16": {"rotation": 16},
-    "quaff_fx: rotated by 256": {"rotation": 256},
-    "quaff_fx: √ scale, largest 1 %": SQUARE_ROOT,
-    "quaff_fx: √ scale, largest 1 %, rotated": SQUARE_ROOT | {"rotation": 64},
-    "quaff_fx: √ scale, largest 3 %": SQUARE_ROOT | {"outlier_budget": 0.03},
-    "quaff_fx: down_proj in float": {"exclude": ("lm_head", "down_proj")},
-}
-"""Those that are measured when `--methods` names them."""
+"""The configurations of quaff_fx."""
 
 
 def quaff_method(name: str, config: Mapping[str, object]) -> Method:
-    is_main = name in CONFIGS
+    is_adapted = name == "quaff_fx: default"
     return Method(
-        name,
-        partial(quaff, config),
-        config=config,
-        is_default=is_main,
-        is_stressed=is_main,
-        is_adapted=name == "quaff_fx: default",
+        name, partial(quaff, config), config=config, is_compiled=True, is_stressed=True, is_adapted=is_adapted
     )
+
+
+def of_form(form: forms.Form, model: nn.Module, bits: int, calibration: list[Batch]) -> nn.Module:
+    """Quantizes in one of the forms that the ablations compare, emulated."""
+
+    def run_all() -> None:
+        for batch in calibration:
+            run([batch], model)
+
+    key = calibration[0]["input_ids"]
+    if form.rounding == "error feedback":  # needs more than the others
+        activations = forms.observed(form, model, run_all)
+    elif (activations := OBSERVED.get(key)) is None:
+        activations = OBSERVED[key] = forms.observed(form, model, run_all)
+    return forms.quantized(form, model, ACTIVATION_MAX[bits], activations, run_all)
+
+
+OBSERVED: MutableMapping[Tensor, list[forms.Activation]] = WeakTensorKeyDictionary()
+"""What calibration showed, by its first batch: the same for all forms."""
+
+
+def form_method(name: str, form: forms.Form) -> Method:
+    return Method(name, partial(of_form, form), config=asdict(form))
 
 
 METHODS = (
@@ -200,8 +203,11 @@ METHODS = (
     Method("SmoothQuant, static", smooth_quant_static, is_stressed=True),
     Method("SmoothQuant, dynamic", smooth_quant_dynamic, is_stressed=True),
     Method("Quaff, the paper's code", paper_code),
-    *(quaff_method(name, config) for name, config in (CONFIGS | ABLATIONS).items()),
+    *(quaff_method(name, config) for name, config in CONFIGS.items()),
 )
+
+ABLATIONS = (METHODS[0], *(form_method(name, form) for name, form in forms.FORMS.items()))
+"""What `--ablations` compares: float32 and the forms of Quaff's linear."""
 
 
 # --- adapters ----------------------------------------------------------------------------------------------------
@@ -257,11 +263,12 @@ NORMS = {
 
 
 @torch.no_grad()
-def inject_outliers(model: nn.Module, factor: float) -> None:
+def inject_outliers(model: nn.Module, factor: float, seed: int) -> None:
     """Makes `INJECTED_CHANNELS` channels of the input of q, k, v and of gate, up `factor` times as large, in place.
 
     The gain of the norm before them is multiplied and the columns of the linears after it are divided, so the model
-    computes what it did. Ordinary channels are taken: those whose gain is nearest to the norm's median.
+    computes what it did. Ordinary channels are taken: those whose gain is nearest to the norm's median, with each seed
+    others.
 
     Raises:
         ValueError: the model's blocks do not have these norms.
@@ -273,7 +280,12 @@ def inject_outliers(model: nn.Module, factor: float) -> None:
             if norm is None:
                 continue
             gain = norm.weight.abs()
-            channels = (gain - gain.median()).abs().argsort(stable=True)[:INJECTED_CHANNELS]
+            by_distance = (gain - gain.median()).abs().argsort(stable=True)
+            channels = by_distance[seed * INJECTED_CHANNELS :][:INJECTED_CHANNELS]
+            if len(channels) < INJECTED_CHANNELS:
+                raise ValueError(
+                    f"seed: is {seed}, expected one that leaves {INJECTED_CHANNELS} of {len(gain)} channels."
+                )
             norm.weight[channels] *= factor
             for name in linear_names:
                 module.get_submodule(name).weight[:, channels] /= factor

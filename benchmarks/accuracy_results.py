@@ -207,12 +207,17 @@ def rows(results: Results) -> list[Row]:
 
 
 def table(found: list[Row], columns: dict[str, tuple[str, str, str]], adapters: list[str]) -> str:
-    """Returns a table of the rows that have any of the columns: header → (stage, task, measure).
+    """Returns a table of the rows that have any of the columns, header → (stage, task, measure), and of those columns.
 
     In a column of differences to float32, its own row has the measure itself.
     """
     by_key = {(r.method, r.bits, r.adapter, r.stage, r.task, r.measure): r.value for r in found}
     lines = []
+    columns = {
+        header: (stage, task, measure)
+        for header, (stage, task, measure) in columns.items()
+        if any((r.stage, r.task, r.measure) == (stage, task, measure) for r in found)
+    }
     for row in dict.fromkeys((r.method, r.bits, r.adapter) for r in found if r.adapter in adapters):
         texts = []
         for stage, task, measure in columns.values():

@@ -29,6 +29,8 @@ Measures = dict[str, list[float]]
 ANSWER_TOKENS = 160
 CALIBRATION_BATCHES = 8
 GRADIENT_BATCHES = 2
+VALIDATION_SEED = 2**16
+"""Of training problems that no training of a smaller seed takes."""
 
 
 @dataclass(frozen=True)
@@ -48,12 +50,14 @@ class Material:
     """All batches, made on first use; the same for every method.
 
     Attributes:
-        words: held-out word problems. shakespeare: windows of the plays. questions: of MMLU, with the place of the last
-            token of each and its right letter.
+        is_validation: whether `words` are validation problems in place of held-out ones, for choices to be made by.
+        words: word problems to measure the loss on. shakespeare: windows of the plays. questions: of MMLU, with the
+            place of the last token of each and its right letter.
     """
 
     tokenizer: PreTrainedTokenizerBase
     sizes: Sizes
+    is_validation: bool = False
     _by_seed: dict[int, list[Batch]] = field(default_factory=dict)
 
     def _shape(self) -> tuple[int, int]:
@@ -61,9 +65,10 @@ class Material:
 
     @cached_property
     def words(self) -> list[Batch]:
-        return word_problems.held_out_batches(
-            self.tokenizer, math.ceil(self.sizes.words / self.sizes.batch_size), *self._shape()
-        )
+        count = math.ceil(self.sizes.words / self.sizes.batch_size)
+        if self.is_validation:
+            return word_problems.training_batches(self.tokenizer, count, *self._shape(), seed=VALIDATION_SEED)
+        return word_problems.held_out_batches(self.tokenizer, count, *self._shape())
 
     def calibration(self, seed: int) -> list[Batch]:
         """Training problems that no training step takes."""

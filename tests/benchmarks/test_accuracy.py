@@ -11,7 +11,15 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
-from benchmarks import accuracy, accuracy_bench, accuracy_layers, accuracy_methods, accuracy_results, accuracy_tasks
+from benchmarks import (
+    accuracy,
+    accuracy_bench,
+    accuracy_forms,
+    accuracy_layers,
+    accuracy_methods,
+    accuracy_results,
+    accuracy_tasks,
+)
 from benchmarks import accuracy_texts as texts
 from benchmarks.peers import QuaffLinear
 from examples import word_problems
@@ -183,19 +191,25 @@ class TestWeightValues:
 
 
 def test_injected_outliers_change_nothing_but_their_channels() -> None:
-    model, ids = float_llama(), token_ids()
-    with torch.no_grad():
-        expected = model(input_ids=ids, use_cache=False).logits
-        before = model.model.layers[1].input_layernorm(torch.ones(1, 48))
-        accuracy_methods.inject_outliers(model, 100.0)
-        after = model.model.layers[1].input_layernorm(torch.ones(1, 48))
-        torch.testing.assert_close(model(input_ids=ids, use_cache=False).logits, expected, rtol=1e-4, atol=1e-5)
-    assert ((after / before).squeeze(0) > 50).sum() == accuracy_methods.INJECTED_CHANNELS
+    found = []
+    for seed in range(2):
+        model, ids = float_llama(), token_ids()
+        with torch.no_grad():
+            expected = model(input_ids=ids, use_cache=False).logits
+            before = model.model.layers[1].input_layernorm(torch.ones(1, 48))
+            accuracy_methods.inject_outliers(model, 100.0, seed)
+            after = model.model.layers[1].input_layernorm(torch.ones(1, 48))
+            torch.testing.assert_close(model(input_ids=ids, use_cache=False).logits, expected, rtol=1e-4, atol=1e-5)
+        found.append(set(((after / before).squeeze(0) > 50).nonzero().flatten().tolist()))
+    assert [len(channels) for channels in found] == [accuracy_methods.INJECTED_CHANNELS] * 2
+    assert found[0].isdisjoint(found[1])
 
 
 def test_injection_needs_its_norms() -> None:
     with pytest.raises(ValueError, match="expected blocks like those of Llama"):
-        accuracy_methods.inject_outliers(nn.Sequential(nn.Linear(4, 4)), 100.0)
+        accuracy_methods.inject_outliers(nn.Sequential(nn.Linear(4, 4)), 100.0, seed=0)
+    with pytest.raises(ValueError, match="seed: is 12, expected one that leaves 4 of 48"):
+        accuracy_methods.inject_outliers(float_llama(), 100.0, seed=12)
 
 
 def test_losses_are_those_of_the_model() -> None:
@@ -341,7 +355,17 @@ def options(folder: Path, output: Path, *words: str, steps: int = 2) -> list[str
     return ["--model", str(folder), "--output", str(output), "--threads", "1", "--stop-at-errors", *sizes, *words]
 
 
-FLOAT_AND_BASELINES = ["--methods", "float32", "plain W8A8", "SmoothQuant", "LLM.int8", "int8 weights", "bfloat16"]
+FLOAT_AND_BASELINES = [
+    "--methods",
+    "float32",
+    "plain W8A8",
+    "SmoothQuant",
+    "LLM.int8",
+    "int8 weights",
+    "bfloat16",
+    "--seeds",
+    "0",
+]
 
 
 @pytest.fixture(scope="module")
@@ -491,8 +515,44 @@ def test_methods_are_chosen_by_words_or_whole_names() -> None:
         return [method.name for method in accuracy_bench.selected_methods(parsed)]
 
     assert chosen("LLM") == ["float32", "LLM.int8"]
-    assert len(chosen("quaff_fx")) == 1 + len(accuracy_methods.CONFIGS) + len(accuracy_methods.ABLATIONS)
-    assert set(chosen()).isdisjoint(accuracy_methods.ABLATIONS)
+    assert len(chosen("quaff_fx")) == 1 + len(accuracy_methods.CONFIGS)
+    assert set(chosen()).isdisjoint(accuracy_forms.FORMS)
+    assert chosen("exponent", "--ablations")[1:] == [name for name in accuracy_forms.FORMS if "exponent" in name]
+
+
+def test_ablations_run_on_validation_problems(
+    folder: Path, tmp_path: Path, tokenizer: PreTrainedTokenizerBase, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = options(
+        folder,
+        tmp_path,
+        "--ablations",
+        "--seeds",
+        "0",
+        "--methods",
+        "default",
+        "√ scale shared, max",
+        "--tasks",
+        "words",
+        "gradient",
+    )
+    assert accuracy.main(words) == 0
+    found = {
+        (row["method"], row["bits"]): float(row["mean"]) for row in numbers(tmp_path) if row["measure"] == "cosine"
+    }
+    assert found.keys() == {(name, bits) for name in ("default", "√ scale shared, max") for bits in ("8", "7")}
+    assert 1 > found["default", "8"] > found["default", "7"] > 0.99
+    assert "validation problems" in capsys.readouterr().out
+    sizes = accuracy_bench.sizes(accuracy.parse_options(words))
+    held_out, validation, training = (
+        {tuple(row.tolist()) for batch in batches for row in batch["input_ids"]}
+        for batches in (
+            accuracy_tasks.Material(tokenizer, sizes).words,
+            accuracy_tasks.Material(tokenizer, sizes, is_validation=True).words,
+            accuracy_tasks.Material(tokenizer, sizes).training(0),
+        )
+    )
+    assert validation.isdisjoint(held_out | training)
 
 
 @pytest.mark.compile
