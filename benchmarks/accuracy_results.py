@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import re
 from collections.abc import Iterable
@@ -213,11 +214,6 @@ def table(found: list[Row], columns: dict[str, tuple[str, str, str]], adapters: 
     """
     by_key = {(r.method, r.bits, r.adapter, r.stage, r.task, r.measure): r.value for r in found}
     lines = []
-    columns = {
-        header: (stage, task, measure)
-        for header, (stage, task, measure) in columns.items()
-        if any((r.stage, r.task, r.measure) == (stage, task, measure) for r in found)
-    }
     for row in dict.fromkeys((r.method, r.bits, r.adapter) for r in found if r.adapter in adapters):
         texts = []
         for stage, task, measure in columns.values():
@@ -226,6 +222,8 @@ def table(found: list[Row], columns: dict[str, tuple[str, str, str]], adapters: 
         if any(texts):
             lines.append([*row[: 3 if len(adapters) > 1 else 2], *texts])
     headers = ["method", "bits", *(["adapter"] if len(adapters) > 1 else []), *columns]
+    used = [any(line[place] != "" for line in lines) for place in range(len(headers))]
+    headers, *lines = (list(itertools.compress(line, used)) for line in (headers, *lines))
     return tabulate(lines, headers=headers, disable_numparse=True) if lines else ""
 
 
