@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+if (workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))) > 1:
+    # Threads of several processes that spin for the same cores take five times as long.
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
 
 import pytest
 import torch
@@ -22,6 +25,8 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     if config.getoption("--write-compatibility"):
+        if config.getoption("numprocesses", None):
+            raise pytest.UsageError("--write-compatibility: is given with -n, expected one process. Leave -n out.")
         config.pluginmanager.register(compatibility.Collector(), "compatibility")
 
 
