@@ -1,7 +1,7 @@
 """Does it hold that outliers stay where they are? The channels chosen at the start, along a fine-tuning in float32.
 
-    python benchmarks/hypothesis.py                          # SmolLM2-135M, about two minutes on two cores
-    python benchmarks/hypothesis.py --steps 200 --every 20 --budgets 0.01 0.03
+    python benchmarks/hypothesis.py                          # SmolLM2-135M, about six minutes on two cores
+    python benchmarks/hypothesis.py --seeds 0 --steps 200 --every 20 --budgets 0.01 0.03
 
 The outlier spatial stability hypothesis of Quaff: the outlier channels found before fine-tuning are those that are
 outliers along it. The first steps choose the channels, as quaff_fx does; later ones are compared with what they show.
@@ -34,6 +34,7 @@ if __name__ == "__main__":
 
 import torch
 from tabulate import tabulate
+from tqdm import tqdm
 from transformers.utils.logging import disable_progress_bar
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -46,14 +47,17 @@ from examples import smollm2, word_problems  # noqa: E402
 
 
 def observations_of(options: argparse.Namespace) -> list[Observation]:
-    """Fine-tunes in float32 and returns all that was observed."""
-    model, tokenizer = smollm2.load_model(options.model)
+    """Fine-tunes in float32, once for each seed, and returns all that was observed."""
+    found = []
     sizes = (options.batch_size, options.max_tokens)
-    batches = word_problems.training_batches(tokenizer, options.steps, *sizes, seed=options.seed)
-    model = adapted(model, "LoRA", options.seed)
-    recorder = Recorder(model, options.budgets, options.calibration_steps, options.every)
-    accuracy_tasks.train(model, batches, ADAPTERS["LoRA"].learning_rate, recorder.finish_step)
-    return recorder.observations
+    for seed in tqdm(options.seeds, unit="seed"):
+        model, tokenizer = smollm2.load_model(options.model)
+        batches = word_problems.training_batches(tokenizer, options.steps, *sizes, seed=seed)
+        model = adapted(model, "LoRA", seed)
+        recorder = Recorder(model, seed, options.budgets, options.calibration_steps, options.every)
+        accuracy_tasks.train(model, batches, ADAPTERS["LoRA"].learning_rate, recorder.finish_step)
+        found += recorder.observations
+    return found
 
 
 # --- results ---------------------------------------------------------------------------------------------------------
@@ -87,7 +91,7 @@ MEASURES: dict[str, Callable[[list[Observation]], float]] = {
 
 
 def summary(observations: list[Observation]) -> str:
-    """Returns a table by projection, rule and budget, over layers and steps; and the hit rate of the ends."""
+    """Returns a table by projection, rule and budget, over layers, steps and seeds; and the hit rate of the ends."""
     groups: dict[tuple[str, str, float], list[Observation]] = defaultdict(list)
     for one in observations:
         groups[one.projections, one.rule, one.budget].append(one)
@@ -95,10 +99,21 @@ def summary(observations: list[Observation]) -> str:
     for (projections, rule, budget), group in sorted(groups.items()):
         steps = sorted({one.step for one in group})
         ends = [mean(one.hit_rate for one in group if one.step == step) for step in (steps[0], steps[-1])]
-        numbers = [*ends, *(measure(group) for measure in MEASURES.values())]
+        by_seed = [mean(one.hit_rate for one in group if one.seed == seed) for seed in {one.seed for one in group}]
+        numbers = [*ends, min(by_seed), max(by_seed), *(measure(group) for measure in MEASURES.values())]
         texts = ["none" if math.isnan(number) else f"{number:.3f}" for number in numbers]
         lines.append([projections, rule, f"{budget:.1%}", f"{group[0].channels}", *texts])
-    headers = ["input of", "rule", "budget", "channels", "first step", "last step", *MEASURES]
+    headers = [
+        "input of",
+        "rule",
+        "budget",
+        "channels",
+        "first step",
+        "last step",
+        "lowest seed",
+        "highest seed",
+        *MEASURES,
+    ]
     headers = [header.replace(" ", "\n") for header in headers]
     return tabulate(lines, headers=headers, disable_numparse=True)
 
@@ -149,7 +164,7 @@ def parse_options(arguments: list[str]) -> argparse.Namespace:
     add("--budgets", nargs="+", type=float, default=[0.005, 0.01, 0.03, 0.05], help="(default: 0.005 0.01 0.03 0.05)")
     add("--batch-size", type=int, default=2, help="problems in a step (default: %(default)s)")
     add("--max-tokens", type=int, default=192, help="tokens in a problem (default: %(default)s)")
-    add("--seed", type=int, default=0, help="of adapter and training data (default: %(default)s)")
+    add("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of adapter and training data (default: 0 1 2)")
     add("--threads", type=int, help="CPU threads (default: torch's own choice)")
     add("--output", type=Path, default=ROOT / "runs", help="folder for CSV and chart (default: runs/)")
     options = parser.parse_args(arguments)
@@ -159,6 +174,8 @@ def parse_options(arguments: list[str]) -> argparse.Namespace:
             parser.error(f"argument --{name.replace('_', '-')}: is {value}, expected at least 1.")
     if options.steps <= options.calibration_steps:
         parser.error(f"argument --steps: is {options.steps}, expected more than the steps that calibrate.")
+    if min(options.seeds) < 0 or len(set(options.seeds)) < len(options.seeds):
+        parser.error(f"argument --seeds: is {options.seeds}, expected different numbers of 0 or more.")
     if not all(0 < budget <= 1 for budget in options.budgets):
         parser.error(f"argument --budgets: is {options.budgets}, expected shares above 0 and at most 1.")
     return options
@@ -170,7 +187,7 @@ def main(arguments: list[str]) -> int:
         torch.set_num_threads(options.threads)
     disable_progress_bar()
     observations = observations_of(options)
-    print(f"\n{summary(observations)}\n\nOver all layers and observed steps. First and last step: their hit rates.")
+    print(f"\n{summary(observations)}\n\nOver all layers, observed steps and seeds. In front: hit rates.")
     options.output.mkdir(parents=True, exist_ok=True)
     stem = options.output / "hypothesis"
     write_csv(observations, stem.with_suffix(".csv"))

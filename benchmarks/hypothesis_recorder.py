@@ -25,6 +25,7 @@ class Observation:
         excess_chosen, excess_best: absmax over the median, summed over these channels.
     """
 
+    seed: int
     step: int
     layer: int
     projections: str
@@ -69,6 +70,7 @@ class Batch:
 class Input:
     """One activation that frozen linears read: what its calibration chose, and what was observed since."""
 
+    seed: int
     layer: int
     projections: list[str]
     calibration: list[Batch] = field(default_factory=list)
@@ -92,6 +94,7 @@ class Input:
             count = len(chosen)
             outliers, best = batch.outliers(rule, count), batch.chosen(rule, count)
             yield Observation(
+                self.seed,
                 step,
                 self.layer,
                 " ".join(self.projections),
@@ -127,8 +130,8 @@ def rounding_noise(x: Tensor, without: Tensor) -> float:
 class Recorder:
     """Watches the inputs of all frozen linears under adapters, each once however many linears read it."""
 
-    def __init__(self, model: nn.Module, budgets: list[float], calibration_steps: int, every: int) -> None:
-        self.budgets, self.calibration_steps, self.every = budgets, calibration_steps, every
+    def __init__(self, model: nn.Module, seed: int, budgets: list[float], calibration_steps: int, every: int) -> None:
+        self.seed, self.budgets, self.calibration_steps, self.every = seed, budgets, calibration_steps, every
         self.inputs: dict[nn.Module, Input] = {}
         self.observations: list[Observation] = []
         self.step = 0
@@ -159,7 +162,7 @@ class Recorder:
             return
         if self.step == 0:
             numbers = [int(part) for part in name.split(".") if part.isdecimal()]
-            self.inputs[module] = Input(numbers[0] if numbers else 0, [name.rpartition(".")[2]])
+            self.inputs[module] = Input(self.seed, numbers[0] if numbers else 0, [name.rpartition(".")[2]])
         if module not in self.inputs:
             return
         seen = self.inputs[module]

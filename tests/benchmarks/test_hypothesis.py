@@ -21,7 +21,7 @@ BUDGET = 2 / 1024
 
 def observed(later: list[int]) -> dict[str, Observation]:
     """What is observed by rule when `CHANNELS` are outliers while calibrating and `later` afterwards."""
-    seen = Input(0, ["q_proj"])
+    seen = Input(0, 0, ["q_proj"])
     seen.calibration = [Batch.of(planted_outliers(20, 1024, CHANNELS, factor=3000, seed=seed)) for seed in range(3)]
     seen.choose([BUDGET])
     seen.last = Batch.of(planted_outliers(20, 1024, later, factor=3000, seed=8))
@@ -60,7 +60,7 @@ def test_rounding_noise_is_the_mean_over_tokens_of_max_over_energy() -> None:
 
 def test_linears_that_read_one_activation_are_one_input() -> None:
     model, ids = tiny_llama(), token_ids()
-    recorder = Recorder(model, [0.1], calibration_steps=2, every=2)
+    recorder = Recorder(model, 0, [0.1], calibration_steps=2, every=2)
     mask = torch.ones_like(ids)
     mask[:, -4:] = 0
     for step in range(5):
@@ -77,7 +77,7 @@ def test_linears_that_read_one_activation_are_one_input() -> None:
 
 def test_padding_is_not_observed() -> None:
     model, ids = tiny_llama(), token_ids()
-    recorder = Recorder(model, [0.1], calibration_steps=1, every=1)
+    recorder = Recorder(model, 0, [0.1], calibration_steps=1, every=1)
     mask = torch.ones_like(ids)
     mask[:, -4:] = 0
     model(input_ids=ids, attention_mask=mask)
@@ -92,12 +92,24 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     problems = word_problems.held_out_problems(100)
     trained_tokenizer([problem.question for problem in problems]).save_pretrained(tmp_path / "model")
     sizes = ["--steps", "5", "--calibration-steps", "2", "--every", "2", "--max-tokens", "320", "--threads", "1"]
-    words = ["--model", str(tmp_path / "model"), "--output", str(tmp_path), "--budgets", "0.05", "0.1", *sizes]
+    words = [
+        "--model",
+        str(tmp_path / "model"),
+        "--output",
+        str(tmp_path),
+        "--budgets",
+        "0.05",
+        "0.1",
+        "--seeds",
+        "0",
+        "3",
+        *sizes,
+    ]
     assert hypothesis.main(words) == 0
     with (tmp_path / "hypothesis.csv").open() as file:
         rows = list(csv.DictReader(file))
-    # Steps 2 and 4, two layers, four inputs, two rules, two budgets.
-    assert len(rows) == 2 * 2 * 4 * 2 * 2
+    # Two seeds, steps 2 and 4, two layers, four inputs, two rules, two budgets.
+    assert len(rows) == 2 * 2 * 2 * 4 * 2 * 2
     assert {int(row["channels"]) for row in rows} == {2, 4, 9}
     printed = capsys.readouterr().out
     assert "q_proj k_proj v_proj" in printed
@@ -110,6 +122,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         (["--steps", "8"], "--steps: is 8, expected more than the steps that calibrate"),
         (["--every", "0"], "--every: is 0, expected at least 1"),
         (["--budgets", "1.5"], "expected shares above 0"),
+        (["--seeds", "1", "1"], "--seeds: is [1, 1], expected different"),
     ],
 )
 def test_a_bad_option_is_named(words: list[str], text: str, capsys: pytest.CaptureFixture[str]) -> None:
