@@ -57,15 +57,19 @@ def call_eagerly(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     return module._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
 
 
-def unless_generating(compiled: Callable[..., Any]) -> Callable[..., Any]:
+def unless_generating(compiled: Callable[..., Any], is_observing: Callable[[], bool]) -> Callable[..., Any]:
     """Returns `compiled`, except that a forward with a KV cache and without gradients runs eagerly.
 
     A cache is indexed by the layer, so each layer would compile graphs of its own. Eager products are int8 as well
     (`state.Int8Weight`), and one token is bound by reading the weights.
+
+    Args:
+        is_observing: whether the forward calibrates. Then it has to be compiled, as nothing else observes: prefix
+            tuning gives its prefix as a KV cache.
     """
 
     def call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        generating = not torch.is_grad_enabled() and _has_kv_cache((*args, *kwargs.values()))
+        generating = not (torch.is_grad_enabled() or is_observing()) and _has_kv_cache((*args, *kwargs.values()))
         return (call_eagerly if generating else compiled)(module, args, kwargs)
 
     return call

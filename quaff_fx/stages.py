@@ -45,6 +45,7 @@ class Stages:
         self.steps = 0
         self.graphs: list[CompiledGraph] = []
         self._bar: tqdm[Any] | None = None
+        self._is_observing = False
         for site in self.active_sites():
             loaded = self.weight_state(site)
             if isinstance(loaded, LoadedWeight):
@@ -87,7 +88,11 @@ class Stages:
         observers = {site.weight_name: convert.observed(site) for site in self.active_sites()}
         for observer in observers.values():
             observer.start_step()
-        result = forward()
+        self._is_observing = True
+        try:
+            result = forward()
+        finally:
+            self._is_observing = False
         if not self.graphs:
             for site in self.active_sites():
                 convert.stop_observing(site)
@@ -168,7 +173,7 @@ class Stages:
         else:
             self._run = calls.call_eagerly
             for block in self.blocks:
-                calls.install(block, calls.unless_generating(compiled))
+                calls.install(block, calls.unless_generating(compiled, lambda: self._is_observing))
         calls.install(self.model, self.run_root)
 
     def _show_progress(self) -> None:

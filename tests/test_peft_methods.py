@@ -190,6 +190,13 @@ class TestFirstQuantizedStep:
         this = trained(name)
         assert this.run.losses[0] == pytest.approx(this.reference.losses[0], rel=1e-6)
 
+    def test_calibration_without_training_observes_the_same(self, trained, name):
+        run = Run(quaff_fx.compile(METHODS[name](), EIGHT_BITS))
+        run.model.eval()
+        quaff_fx.calibrate(run.model, [token_ids()])
+        calibrated, expected = (quaff_fx.explain(model).rows for model in (run.model, trained(name).model))
+        assert [(row.name, row.stage) for row in calibrated] == [(row.name, row.stage) for row in expected]
+
     def test_every_frozen_linear_of_the_blocks_is_int8(self, trained, name):
         explanation = quaff_fx.explain(trained(name).model)
         replaced = 2 if name == "LoRA and modules_to_save" else 0  # the frozen o_proj that nothing reads any more
