@@ -36,7 +36,8 @@ class Form:
         momentum: weight of the old s; 1 keeps that of the calibration.
         rotation: largest block. activation_group: inputs with a scale of their own; 0: one scale for each token.
         is_asymmetric: an activation's integers span its range from least to largest value.
-        weight_scale: one for each out-feature or for the whole weight. rounding: of the weight.
+        activations: of the product in forward. weight_scale: one for each out-feature or for the whole weight.
+        rounding: of the weight.
         correction: of x_outlier W_Oᵀ; "rows" and "tensor": in int8, W_O with a scale per out-feature or one.
         backward: of the product with the int8 weight.
         exempt: linears that are treated as `exempt_as`: by their names, or the number with the largest error.
@@ -51,8 +52,9 @@ class Form:
     rotation: int = 1
     activation_group: int = 0
     is_asymmetric: bool = False
+    activations: Literal["int8", "float"] = "int8"
     weight_scale: Literal["row", "tensor"] = "row"
-    rounding: Literal["nearest", "error feedback"] = "nearest"
+    rounding: Literal["nearest", "error feedback", "none"] = "nearest"
     correction: Literal["float", "rows", "tensor"] = "float"
     backward: Literal["int8", "float"] = "int8"
     exempt: tuple[str, ...] | int = ()
@@ -238,8 +240,8 @@ def rounded_weight(weight: Tensor, form: Form, gram: Tensor | None) -> tuple[Ten
         w_scale = w_scale.max().expand(len(w_scale)).contiguous()
     if gram is not None:
         return with_error_feedback(weight, w_scale, gram), w_scale
-    tiny = torch.finfo(weight.dtype).tiny
-    return torch.round(weight / w_scale.unsqueeze(1).clamp(min=tiny)), w_scale
+    scaled = weight / w_scale.unsqueeze(1).clamp(min=torch.finfo(weight.dtype).tiny)
+    return scaled if form.rounding == "none" else torch.round(scaled), w_scale
 
 
 def with_error_feedback(weight: Tensor, w_scale: Tensor, gram: Tensor) -> Tensor:
@@ -321,9 +323,10 @@ class FormLinear(nn.Module):
         inverse = 1 / self.smoothing_scale
         x = x.float()
         x_outlier = x[:, self.channels]
-        smoothed = numerics.rotate(x.index_copy(1, self.channels, x_outlier * inverse), self.block)
-        integers = rounded(smoothed, self.activation_max, self.form.activation_group, self.form.is_asymmetric)
-        return integers @ self.w_int8.t() * self.w_scale + self.correction(x_outlier, inverse)
+        operand = numerics.rotate(x.index_copy(1, self.channels, x_outlier * inverse), self.block)
+        if self.form.activations == "int8":
+            operand = rounded(operand, self.activation_max, self.form.activation_group, self.form.is_asymmetric)
+        return operand @ self.w_int8.t() * self.w_scale + self.correction(x_outlier, inverse)
 
     def correction(self, x_outlier: Tensor, inverse: Tensor) -> Tensor:
         """Returns what the outlier channels (T, O) add, (T, N)."""
@@ -424,7 +427,9 @@ FORMS: Mapping[str, Form] = {
     "not rotated, scales for 64 inputs": _of_default(rotation=1, activation_group=64),
     "not rotated, asymmetric": _of_default(rotation=1, is_asymmetric=True),
     "rotated, scales for 64 inputs": _of_default(activation_group=64),
-    "float backward": _of_default(backward="float"),
+    "float activations in forward": _of_default(activations="float"),
+    "float gradients in backward": _of_default(backward="float"),
+    "float weights": _of_default(rounding="none"),
     "one scale per weight": _of_default(weight_scale="tensor"),
     "weights rounded with error feedback": _of_default(rounding="error feedback"),
     "down_proj in float": _of_default(exempt=("down_proj",)),
@@ -450,6 +455,6 @@ FORMS: Mapping[str, Form] = {
     "√ scale, one scale per weight": _of_paper(weight_scale="tensor"),
     "√ scale, correction in int8, per row": _of_paper(correction="rows"),
     "√ scale, correction in int8, one scale": _of_paper(correction="tensor"),
-    "√ scale, float backward": _of_paper(backward="float"),
+    "√ scale, float gradients in backward": _of_paper(backward="float"),
 }
 """The ablations: what differs from `DEFAULT`, or with "scale" in its name from `PAPER_FORM`."""
