@@ -34,7 +34,8 @@ class Form:
         sharing: over which linears that read the same activation absmax W_i is taken, and how; "activation": it is not,
             s = max(1, (absmax x_i / median of absmax x)^e).
         momentum: weight of the old s; 1 keeps that of the calibration.
-        rotation: largest block. activation_group: inputs with a scale of their own; 0: one scale for each token.
+        rotation: largest block. has_signs: the sign of half the inputs, drawn once, is changed before.
+        activation_group: inputs with a scale of their own; 0: one scale for each token.
         is_asymmetric: an activation's integers span its range from least to largest value.
         activations: of the product in forward. weight_scale: one for each out-feature or for the whole weight.
         rounding: of the weight.
@@ -50,6 +51,7 @@ class Form:
     sharing: Literal["own", "geometric mean", "mean", "max", "min", "activation"] = "own"
     momentum: float = MOMENTUM
     rotation: int = 1
+    has_signs: bool = False
     activation_group: int = 0
     is_asymmetric: bool = False
     activations: Literal["int8", "float"] = "int8"
@@ -263,6 +265,11 @@ def with_error_feedback(weight: Tensor, w_scale: Tensor, gram: Tensor) -> Tensor
     return integers[:, order.argsort()]
 
 
+def drawn_signs(features: int) -> Tensor:
+    """Returns a one with a random sign for each input, (K,), the same for every layer."""
+    return torch.randint(2, (features,), generator=torch.Generator().manual_seed(features)) * 2.0 - 1
+
+
 class FormLinear(nn.Module):
     """x (..., K) → y (..., N) in a form of Quaff.
 
@@ -295,11 +302,15 @@ class FormLinear(nn.Module):
         weight = linear.weight.detach().float()
         self.channels, self.w_absmax, self.w_outlier = channels, w_absmax, weight[:, channels]
         self.block = numerics.rotation_block(self.in_features, form.rotation)
+        self.signs = drawn_signs(self.in_features) if form.has_signs else torch.ones(self.in_features)
         self.smoothing_scale = self.target(x_absmax)
         if gram is not None:
-            inverse = torch.ones(self.in_features).index_copy(0, channels, 1 / self.smoothing_scale)
+            inverse = self.signs.index_copy(0, channels, self.signs[channels] / self.smoothing_scale)
             gram = numerics.rotate(numerics.rotate(gram * inverse * inverse.unsqueeze(1), self.block).t(), self.block)
-        self.w_int8, self.w_scale = rounded_weight(numerics.rotate(weight, self.block), form, gram)
+        self.w_int8, self.w_scale = rounded_weight(self.rotated(weight), form, gram)
+
+    def rotated(self, x: Tensor) -> Tensor:
+        return numerics.rotate(x * self.signs, self.block)
 
     def target(self, x_absmax: Tensor) -> Tensor:
         """Returns s, (O,), of absmax x_i."""
@@ -323,7 +334,7 @@ class FormLinear(nn.Module):
         inverse = 1 / self.smoothing_scale
         x = x.float()
         x_outlier = x[:, self.channels]
-        operand = numerics.rotate(x.index_copy(1, self.channels, x_outlier * inverse), self.block)
+        operand = self.rotated(x.index_copy(1, self.channels, x_outlier * inverse))
         if self.form.activations == "int8":
             operand = rounded(operand, self.activation_max, self.form.activation_group, self.form.is_asymmetric)
         return operand @ self.w_int8.t() * self.w_scale + self.correction(x_outlier, inverse)
@@ -342,7 +353,7 @@ class FormLinear(nn.Module):
         scaled = grad_output.float() * self.w_scale
         if self.form.backward == "int8":
             scaled = rounded(scaled, self.activation_max)
-        return numerics.rotate(scaled @ self.w_int8, self.block)
+        return numerics.rotate(scaled @ self.w_int8, self.block) * self.signs
 
 
 class _FormProduct(torch.autograd.Function):
@@ -423,6 +434,7 @@ FORMS: Mapping[str, Form] = {
     "not rotated": _of_default(rotation=1),
     "rotated by 16": _of_default(rotation=16),
     "rotated by 256": _of_default(rotation=256),
+    "rotated by 64 after random signs": _of_default(has_signs=True),
     "not rotated, 3 %": _of_default(rotation=1, budget=0.03),
     "not rotated, scales for 64 inputs": _of_default(rotation=1, activation_group=64),
     "not rotated, asymmetric": _of_default(rotation=1, is_asymmetric=True),
