@@ -56,7 +56,7 @@ from benchmarks.accuracy_results import (  # noqa: E402
     Store,
     rows,
     table,
-    write_chart,
+    write_charts,
     write_csv,
 )
 from examples import smollm2  # noqa: E402
@@ -124,7 +124,7 @@ def measure_all(options: argparse.Namespace, store: Store) -> tuple[Results, dic
 
 
 def report(results: Results, reasons: dict[str, str], options: argparse.Namespace) -> None:
-    """Prints the tables and writes CSV and chart."""
+    """Prints the tables and writes CSV and charts."""
     found = rows(results)
     for title, columns in COLUMNS.items():
         is_of_adapters = title.startswith("Adapters")
@@ -144,9 +144,8 @@ def report(results: Results, reasons: dict[str, str], options: argparse.Namespac
     for name, reason in reasons.items():
         print(f"Not run: {name}: {reason}")
     write_csv(found, options.output / "accuracy.csv")
-    title = f"{options.model}: word problems, LoRA"
-    reason = write_chart(found, title, options.output / "accuracy.png")
-    print(f"\nWritten: {options.output / 'accuracy.csv'}{f'; {reason}' if reason else ' and .png'}")
+    reason = write_charts(results, found, f"{options.model}, LoRA", options.output)
+    print(f"\nWritten: {options.output / 'accuracy.csv'}; {reason or 'accuracy.png and training.png beside it'}")
 
 
 def adapted_names() -> set[str]:

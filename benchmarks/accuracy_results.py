@@ -1,4 +1,4 @@
-"""The results of `accuracy.py`: a file for each as soon as it is there, and tables, CSV and chart of all of them."""
+"""The results of `accuracy.py`: a file for each as soon as it is there, and tables, CSV and charts of all of them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import itertools
 import json
 import re
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -253,30 +253,80 @@ def write_csv(found: list[Row], path: Path) -> None:
             )
 
 
-def write_chart(found: list[Row], title: str, path: Path) -> str | None:
-    """Draws the difference of the held-out loss to float32 before and after training; returns why not, if it cannot."""
+def write_charts(results: Results, found: list[Row], title: str, folder: Path) -> str | None:
+    """Draws held-out losses and learning curves over those of float32; returns why not, if it cannot.
+
+    Into `accuracy.png` and `training.png`.
+    """
     try:
         import matplotlib
     except ImportError:
-        return "no chart: matplotlib is not installed"
+        return "no charts: matplotlib is not installed"
     matplotlib.use("Agg")
+    if not any(row.measure == "Δ loss" for row in found):
+        return "no charts: nothing to compare with float32"
+    _write_losses(found, title, folder / "accuracy.png")
+    _write_curves(results, title, folder / "training.png")
+    return None
+
+
+def _write_losses(found: list[Row], title: str, path: Path) -> None:
     from matplotlib import pyplot
 
-    wanted = [r for r in found if r.adapter == "LoRA" and r.measure == "Δ loss" and r.task == "words"]
-    stages = {stage: [r for r in wanted if r.stage == stage] for stage in ("before", "after")}
-    names = list(dict.fromkeys(f"{r.method}, {r.bits} bits" for r in wanted))[::-1]
-    if not names:
-        return "no chart: nothing to compare with float32"
-    figure, axes = pyplot.subplots(figsize=(9, 1.5 + 0.4 * len(names)), layout="constrained")
-    for (stage, shown), color, shift in zip(stages.items(), ("#4477aa", "#cc6677"), (0.12, -0.12), strict=True):
-        means = [r.value.mean for r in shown]
-        ends = [[r.value.mean - r.value.low for r in shown], [r.value.high - r.value.mean for r in shown]]
-        places = [names.index(f"{r.method}, {r.bits} bits") + shift for r in shown]
-        axes.errorbar(means, places, xerr=ends, fmt="o", color=color, capsize=3, label=f"{stage} fine-tuning")
-    axes.set_yticks(range(len(names)), names)
-    axes.axvline(0, color="#bbbbbb", zorder=0)
-    axes.set(title=title, xlabel="held-out loss over float32, nats per token, with 95 % intervals")
-    axes.legend()
-    figure.savefig(path, dpi=150)
+    wanted = [r for r in found if r.adapter == "LoRA" and r.measure == "Δ loss" and r.stage in ("before", "after")]
+    names = list(dict.fromkeys(_label(r.method, r.bits) for r in wanted))[::-1]
+    size = (11, 1.5 + 0.3 * len(names))
+    figure, plots = pyplot.subplots(1, 2, figsize=size, sharey=True, layout="constrained")
+    for plot, (task, words) in zip(
+        plots, {"words": "word problems", "shakespeare": "Shakespeare"}.items(), strict=True
+    ):
+        for stage, color, shift in (("before", "#4477aa", 0.14), ("after", "#cc6677", -0.14)):
+            shown = [r for r in wanted if (r.stage, r.task) == (stage, task)]
+            means = [r.value.mean for r in shown]
+            ends = [[r.value.mean - r.value.low for r in shown], [r.value.high - r.value.mean for r in shown]]
+            places = [names.index(_label(r.method, r.bits)) + shift for r in shown]
+            plot.errorbar(means, places, xerr=ends, fmt="o", color=color, capsize=3, label=f"{stage} fine-tuning")
+        plot.axvline(0, color="#bbbbbb", zorder=0)
+        plot.set(title=words, xlabel="nats per token, with 95 % intervals")
+    plots[0].set_yticks(range(len(names)), names)
+    plots[0].legend(fontsize="small")
+    figure.suptitle(f"{title}: held-out loss over float32")
+    figure.savefig(path, dpi=120)
     pyplot.close(figure)
-    return None
+
+
+def _label(method: str, bits: int) -> str:
+    """Names a method with the bits of its activations, unless they are floating point."""
+    return f"{method}, {bits} bits" if bits <= 8 else method
+
+
+def _write_curves(results: Results, title: str, path: Path) -> None:
+    """Draws, for each number of bits, each step's training loss over that of float32, mean over seeds."""
+    from matplotlib import pyplot
+
+    curves: dict[tuple[str, int], list[list[float]]] = {}
+    for cell, measures in results.items():
+        exact = results.get(replace(cell, method="float32", bits=32))
+        if cell.task == "training" and cell.adapter == "LoRA" and cell.method != "float32" and exact is not None:
+            difference = [a - b for a, b in zip(measures["loss"], exact["loss"], strict=True)]
+            curves.setdefault((cell.method, cell.bits), []).append(difference)
+    if not curves:
+        return
+    panels = {"8 bits, and weights alone": [key for key in curves if key[1] != 7]}
+    panels["7 bits"] = [key for key in curves if key[1] == 7]
+    figure, plots = pyplot.subplots(1, 2, figsize=(11, 4), sharey=True, layout="constrained")
+    colors = dict(zip(dict.fromkeys(method for method, _ in curves), pyplot.get_cmap("tab10").colors * 2, strict=False))
+    for plot, (heading, keys) in zip(plots, panels.items(), strict=True):
+        for key in keys:
+            means = torch.tensor(curves[key]).mean(dim=0).tolist()
+            is_product = key[0] == "quaff_fx: default"
+            color, width = ("black", 2.5) if is_product else (colors[key[0]], 1)
+            plot.plot(range(1, len(means) + 1), means, color=color, linewidth=width, label=key[0])
+        plot.axhline(0, color="#bbbbbb", zorder=0)
+        plot.set(title=heading, xlabel="step")
+        if keys:
+            plot.legend(fontsize="x-small")
+    plots[0].set_ylabel("training loss over float32")
+    figure.suptitle(f"{title}: fine-tuning")
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)

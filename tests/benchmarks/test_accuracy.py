@@ -402,6 +402,7 @@ def test_the_command_measures_everything(measured: Path) -> None:
     for adapter in accuracy_methods.ADAPTERS:
         assert ("float32", "32", adapter, "after", "words", "loss") in found
     assert (measured / "accuracy.png").is_file()
+    assert (measured / "training.png").is_file()
 
 
 def test_numbers_make_sense(measured: Path) -> None:
