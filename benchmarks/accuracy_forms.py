@@ -76,7 +76,8 @@ class Activation:
 
     Attributes:
         readers: names of the adapted layers whose linears read it. weights: how many weights a channel has in them.
-        absmax: (batches, K). large: (K,) values over 100 × the mean. energy: (K,), share of |x|², mean over tokens.
+        absmax: (batches, K). large: (K,) values over 100 × the mean.
+        energy: (K,), share of |x|², mean over tokens, added up over batches.
         gram: (K, K), xᵀx, or None where no form needs it.
     """
 
