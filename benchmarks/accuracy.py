@@ -1,6 +1,6 @@
 """As good as full precision? Fine-tuning on frozen weights in int8 beside float32 and other ways of quantizing.
 
-    python benchmarks/accuracy.py                               # SmolLM2-135M, some 35 minutes on two cores
+    python benchmarks/accuracy.py                               # SmolLM2-135M, a few hours on two cores
     python benchmarks/accuracy.py --seeds 0 1 2 3               # one more, beside those that are there
     python benchmarks/accuracy.py --methods quaff_fx "plain W8A8" --stages before --eager
     python benchmarks/accuracy.py --ablations                   # what each choice in the default is worth
