@@ -144,8 +144,8 @@ def report(results: Results, reasons: dict[str, str], options: argparse.Namespac
     for name, reason in reasons.items():
         print(f"Not run: {name}: {reason}")
     write_csv(found, options.output / "accuracy.csv")
-    reason = write_charts(results, found, f"{options.model}, LoRA", options.output)
-    print(f"\nWritten: {options.output / 'accuracy.csv'}; {reason or 'accuracy.png and training.png beside it'}")
+    charts = write_charts(results, found, f"{options.model}, LoRA", options.output)
+    print(f"\nWritten: {options.output / 'accuracy.csv'}; {charts}")
 
 
 def adapted_names() -> set[str]:
@@ -175,7 +175,7 @@ def parse_options(arguments: list[str]) -> argparse.Namespace:
     add(
         "--ablations",
         action="store_true",
-        help=f"{len(ABLATIONS) - 1} forms of Quaff's linear, emulated, on validation problems",
+        help=f"{len(ABLATIONS) - 1} forms of Quaff's linear, emulated; word problems are not the held-out ones",
     )
     add("--report", action="store_true", help="measure nothing; the tables of all that the folder holds, of any method")
     add("--stop-at-errors", action="store_true", help="fail where a method fails, instead of going on with the next")

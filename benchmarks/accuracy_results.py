@@ -253,27 +253,37 @@ def write_csv(found: list[Row], path: Path) -> None:
             )
 
 
-def write_charts(results: Results, found: list[Row], title: str, folder: Path) -> str | None:
-    """Draws held-out losses and learning curves over those of float32; returns why not, if it cannot.
+def write_charts(results: Results, found: list[Row], title: str, folder: Path) -> str:
+    """Draws held-out losses and learning curves over those of float32; returns what it wrote, or why it did not.
 
-    Into `accuracy.png` and `training.png`.
+    Into `accuracy.png` and `training.png`, each if there is something to compare with float32.
     """
     try:
         import matplotlib
     except ImportError:
         return "no charts: matplotlib is not installed"
     matplotlib.use("Agg")
-    if not any(row.measure == "Δ loss" for row in found):
-        return "no charts: nothing to compare with float32"
-    _write_losses(found, title, folder / "accuracy.png")
-    _write_curves(results, title, folder / "training.png")
-    return None
+    written = []
+    if _write_losses(found, title, folder / "accuracy.png"):
+        written.append("accuracy.png")
+    if _write_curves(results, title, folder / "training.png"):
+        written.append("training.png")
+    return f"{' and '.join(written)} beside it" if written else "no charts: nothing to compare with float32"
 
 
-def _write_losses(found: list[Row], title: str, path: Path) -> None:
+def _write_losses(found: list[Row], title: str, path: Path) -> bool:
+    """Draws each method's held-out loss over that of float32, before and after training; tells whether it has any."""
     from matplotlib import pyplot
 
-    wanted = [r for r in found if r.adapter == "LoRA" and r.measure == "Δ loss" and r.stage in ("before", "after")]
+    wanted = [
+        row
+        for row in found
+        if (row.adapter, row.measure) == ("LoRA", "Δ loss")
+        and row.stage in ("before", "after")
+        and row.task in ("words", "shakespeare")
+    ]
+    if not wanted:
+        return False
     names = list(dict.fromkeys(_label(r.method, r.bits) for r in wanted))[::-1]
     size = (11, 1.5 + 0.3 * len(names))
     figure, plots = pyplot.subplots(1, 2, figsize=size, sharey=True, layout="constrained")
@@ -293,6 +303,7 @@ def _write_losses(found: list[Row], title: str, path: Path) -> None:
     figure.suptitle(f"{title}: held-out loss over float32")
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
+    return True
 
 
 def _label(method: str, bits: int) -> str:
@@ -300,8 +311,8 @@ def _label(method: str, bits: int) -> str:
     return f"{method}, {bits} bits" if bits <= 8 else method
 
 
-def _write_curves(results: Results, title: str, path: Path) -> None:
-    """Draws, for each number of bits, each step's training loss over that of float32, mean over seeds."""
+def _write_curves(results: Results, title: str, path: Path) -> bool:
+    """Draws each step's training loss over that of float32, mean over seeds; tells whether there was a training."""
     from matplotlib import pyplot
 
     curves: dict[tuple[str, int], list[list[float]]] = {}
@@ -311,7 +322,7 @@ def _write_curves(results: Results, title: str, path: Path) -> None:
             difference = [a - b for a, b in zip(measures["loss"], exact["loss"], strict=True)]
             curves.setdefault((cell.method, cell.bits), []).append(difference)
     if not curves:
-        return
+        return False
     panels = {"8 bits, and weights alone": [key for key in curves if key[1] != 7]}
     panels["7 bits"] = [key for key in curves if key[1] == 7]
     figure, plots = pyplot.subplots(1, 2, figsize=(11, 4), sharey=True, layout="constrained")
@@ -330,3 +341,4 @@ def _write_curves(results: Results, title: str, path: Path) -> None:
     figure.suptitle(f"{title}: fine-tuning")
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
+    return True

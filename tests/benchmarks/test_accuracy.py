@@ -543,7 +543,10 @@ def test_ablations_run_on_validation_problems(
     }
     assert found.keys() == {(name, bits) for name in ("default", "√ scale shared, max") for bits in ("8", "7")}
     assert 1 > found["default", "8"] > found["default", "7"] > 0.99
-    assert "validation problems" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "validation problems" in printed
+    assert "accuracy.csv; accuracy.png beside it" in printed
+    assert not (tmp_path / "training.png").exists()
     sizes = accuracy_bench.sizes(accuracy.parse_options(words))
     held_out, validation, training = (
         {tuple(row.tolist()) for batch in batches for row in batch["input_ids"]}
