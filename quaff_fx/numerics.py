@@ -19,11 +19,16 @@ WEIGHT_MAX = 127
 INT32_MAX_REDUCTION = (2**31 - 1) // (WEIGHT_MAX * 127)
 """Longest reduction whose int32 accumulator cannot overflow."""
 
+SMALLEST_SCALE = torch.finfo(torch.float32).tiny
+"""The smallest normal float32. A scale below it is a scale of zero: its inverse, or that times 127, is infinite, and
+infinity times zero would decide an integer."""
+
 
 def quantize_weight(weight: Tensor, rotation: int = 1) -> tuple[Tensor, Tensor]:
     """Returns int8 weight and scale per out-feature: ``W ≈ w_int8 * w_scale[:, None]``, with W rotated along K.
 
-    ``w_scale = absmax over K of each row / 127``, ``w_int8 = round(W / w_scale)``. A row of zeros has scale 0.
+    ``w_scale = absmax over K of each row / 127``, ``w_int8 = round(W / w_scale)``. A row of zeros has scale 0; so
+    has one whose scale would be subnormal, and it comes out as zeros.
 
     Args:
         weight: (N, K), floating point, finite. rotation: B of `rotate`.
@@ -47,7 +52,8 @@ def quantize_weight(weight: Tensor, rotation: int = 1) -> tuple[Tensor, Tensor]:
             "An int32 accumulator could overflow; exclude the layer."
         )
     weight = rotate(weight.detach().float(), rotation)
-    w_scale = weight.abs().amax(dim=1) / WEIGHT_MAX if weight.shape[1] else weight.new_zeros(weight.shape[0])
+    absmax = weight.abs().amax(dim=1) if weight.shape[1] else weight.new_zeros(weight.shape[0])
+    w_scale = _normal_or_zero(absmax / WEIGHT_MAX)
     w_int8 = torch.round(weight * _reciprocal(w_scale).unsqueeze(1)).clamp_(-WEIGHT_MAX, WEIGHT_MAX).to(torch.int8)
     return w_int8, w_scale
 
@@ -123,7 +129,7 @@ def dequantize_weight(
 def smoothing_target(x_absmax: Tensor, w_absmax: Tensor) -> Tensor:
     """Returns β = max(1, sqrt(absmax x_i / absmax W_i)) for each outlier channel, (O,) float32.
 
-    A channel whose weights are all zero gets 1. Source: Quaff; the paper's code floors at 1 as well.
+    A channel whose weights are all zero, or subnormal, gets 1. Source: Quaff; the paper's code floors at 1 as well.
     """
     ratio = x_absmax.float() * _reciprocal(w_absmax.float())
     return ratio.sqrt().clamp(min=1.0)
@@ -147,21 +153,25 @@ def channel_absmax(x: Tensor) -> Tensor:
 def quantize_rows(x: Tensor, activation_max: int) -> tuple[Tensor, Tensor]:
     """Returns int8 rows and a scale per row: ``x ≈ x_int8 * x_scale[:, None]``.
 
-    ``x_scale = absmax of the row / Q``. A row of zeros has scale 0. A row with a non-finite value has scale NaN and
+    ``x_scale = absmax of the row / Q``, ``x_int8 = round(x Q / absmax)``, half to even. A row of zeros has scale 0, and
+    so has one whose scale would be subnormal: it comes out as zeros. A row with a non-finite value has scale NaN and
     zeros as integers: it comes out non-finite, and touches no other row.
 
+    `kernels/int8_quantize.h` rounds after the same operations in the same order, so both give the same bits.
+
     Args:
-        x: (T, K) float32. activation_max: Q, 127 or 63.
+        x: (T, K) floating point. activation_max: Q, 127 or 63.
 
     Returns:
         x_int8 (T, K) int8 in ±Q; x_scale (T,) float32.
     """
+    x = x.float()
     if x.shape[1] == 0:
         return x.to(torch.int8), x.new_zeros(x.shape[0])
     absmax = x.abs().amax(dim=1)
     finite = absmax < torch.inf  # false for NaN as well
-    scale = absmax * (1.0 / activation_max)
-    inverse = torch.where(finite & (absmax > 0), activation_max / absmax, 0.0)
+    scale = _normal_or_zero(absmax * (1.0 / activation_max))
+    inverse = torch.where(finite & (scale > 0), absmax.reciprocal() * activation_max, 0.0)
     scaled = torch.where(finite.unsqueeze(1), x * inverse.unsqueeze(1), 0.0)
     x_int8 = torch.round(scaled).clamp(-activation_max, activation_max).to(torch.int8).contiguous()
     return x_int8, torch.where(finite, scale, torch.nan)
@@ -236,6 +246,11 @@ def sqnr_db(reference: Tensor, approximation: Tensor) -> float:
     return float(20 * torch.log10(reference.norm() / (reference - approximation).norm()))
 
 
+def _normal_or_zero(scale: Tensor) -> Tensor:
+    """The scale, and 0 where it is subnormal; NaN stays."""
+    return torch.where(scale < SMALLEST_SCALE, 0.0, scale)
+
+
 def _reciprocal(scale: Tensor) -> Tensor:
-    """1 / scale, and 0 where scale is 0."""
-    return torch.where(scale > 0, 1.0 / scale, 0.0)
+    """1 / scale, and 0 where scale is 0, subnormal or NaN."""
+    return torch.where(scale >= SMALLEST_SCALE, 1.0 / scale, 0.0)

@@ -190,6 +190,40 @@ def test_rows_near_the_smallest_floats_are_never_wrong_by_more_than_themselves(a
     assert ((dequantized_rows(w_int8, w_scale) - x.double()).abs().amax(dim=1)[0] <= x[0, 0].double()).all()
 
 
+@pytest.mark.parametrize("limit", [63, 127])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_subnormal_scale_is_a_scale_of_zero(limit: int, dtype: torch.dtype) -> None:
+    """The first row's scale is the smallest normal float32, the others' the largest subnormal one and below."""
+    smallest = numerics.SMALLEST_SCALE
+    assert smallest == 2.0**-126
+    x = torch.tensor([[1.01], [0.99], [1e-3], [1e-7]]) * limit * smallest * torch.tensor([[0.1, -1.0, 0.5]])
+    for q, scale in (numerics.quantize_rows(x, limit), numerics.quantize_rows(x.double(), limit)):
+        assert scale.dtype == torch.float32
+        assert (scale[0] >= smallest, scale[1:].tolist()) == (True, [0.0] * 3)
+        assert q[0, 1] == -limit
+        assert not q[1:].any()
+    q, scale = numerics.quantize_rows(x.to(dtype), limit)
+    assert not q[2:].any()
+    assert not scale[2:].any()
+    if limit == numerics.WEIGHT_MAX:
+        w_int8, w_scale = numerics.quantize_weight(x)
+        assert (w_scale[0] >= smallest, w_scale[1:].tolist()) == (True, [0.0] * 3)
+        assert w_int8[:, 1].tolist() == [-127, 0, 0, 0]
+        assert not numerics.dequantize_rows(w_int8, w_scale)[1:].any()
+
+
+def test_a_gradient_times_a_subnormal_weight_scale_is_zero() -> None:
+    g_int8, g_scale = numerics.quantize_gradient(torch.ones(2, 5), torch.full((5,), 1e-40), 63)
+    assert not g_int8.any()
+    assert g_scale.tolist() == [0.0, 0.0]
+
+
+def test_a_channel_of_subnormal_weights_is_not_smoothed() -> None:
+    """1 / 1e-40 is infinite, and so is 1 / 1e-38 times a large activation."""
+    target = numerics.smoothing_target(torch.tensor([0.0, 1.0, 1e30]), torch.tensor([1e-40, 1e-40, 1e-39]))
+    assert target.tolist() == [1.0, 1.0, 1.0]
+
+
 def test_rows_near_the_largest_floats_do_not_overflow() -> None:
     x = torch.tensor([[3e38, -1e38, 0.0]])
     q, scale = numerics.quantize_rows(x, 127)

@@ -90,6 +90,18 @@ static inline void store(Pointer* to, Vector value) {
 #define QUAFF_PIN(value)
 #endif
 
+// Ends a rounding: without it the compiler fuses a product with the sum after it, which rounds once where numerics.py,
+// whose bits this gives, rounds twice.
+#if defined(QUAFF_AVX512)
+#define QUAFF_ROUNDED(value) __asm__("" : "+v"(value))
+#elif defined(__SSE__)
+#define QUAFF_ROUNDED(value) __asm__("" : "+x"(value))
+#elif defined(__ARM_NEON)
+#define QUAFF_ROUNDED(value) __asm__("" : "+w"(value))
+#else
+#define QUAFF_ROUNDED(value) __asm__("" : "+m"(value))
+#endif
+
 // Dot products.
 // A Dot says how a dword of activations meets a dword of weights:
 //   kSplit   how many dwords hold four int8 values (1: as they are, 2: widened to int16)

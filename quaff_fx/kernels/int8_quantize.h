@@ -37,27 +37,10 @@ static inline void store_int8(int8_t* to, const vint (&values)[4]) {
 #endif
 }
 
-// round(x / scale), half to even, within +-limit. `inverse` is 1 / scale, or 0 where that would not be exact enough.
-static inline vint quantize_vector(vfloat x, float scale, float inverse, int limit) {
-  vfloat quotient;
-  if (inverse != 0.0f) {
-    // Division by one multiplication and one correction; correctly rounded (Markstein 1990) with fused operations.
-    quotient = x * inverse;
-#if defined(QUAFF_AVX512)
-    const vfloat rest = (vfloat)_mm512_fnmadd_ps((__m512)quotient, _mm512_set1_ps(scale), (__m512)x);
-    quotient = (vfloat)_mm512_fmadd_ps((__m512)rest, _mm512_set1_ps(inverse), (__m512)quotient);
-#elif defined(QUAFF_AVX2)
-    const vfloat rest = (vfloat)_mm256_fnmadd_ps((__m256)quotient, _mm256_set1_ps(scale), (__m256)x);
-    quotient = (vfloat)_mm256_fmadd_ps((__m256)rest, _mm256_set1_ps(inverse), (__m256)quotient);
-#elif defined(QUAFF_NEON)
-    const vfloat rest = (vfloat)vfmsq_n_f32((float32x4_t)x, (float32x4_t)quotient, scale);
-    quotient = (vfloat)vfmaq_n_f32((float32x4_t)quotient, (float32x4_t)rest, inverse);
-#else
-    quotient = x / scale;
-#endif
-  } else {
-    quotient = x / scale;
-  }
+// round(x * inverse), half to even, within +-limit.
+static inline vint quantize_vector(vfloat x, float inverse, int limit) {
+  vfloat quotient = x * inverse;
+  QUAFF_ROUNDED(quotient);
   // Adding 1.5 * 2^23 leaves the rounded integer in the low bits of the sum.
   vint value = (vint)(quotient + 12582912.0f) - 0x4b400000;
   const vint most = vint{} + limit;
@@ -113,18 +96,20 @@ static void quantize_row(const Rows& rows, int64_t token, float* row, int8_t* x_
   float absmax;
   std::memcpy(&absmax, &top, 4);
   const bool is_finite = top < 0x7f800000;
-  const float scale = is_finite ? absmax / static_cast<float>(rows.limit) : __builtin_nanf("");
-  x_scale[token] = scale;
+  // As in numerics.quantize_rows, operation for operation. A subnormal scale counts as zero.
+  const float scale = absmax * static_cast<float>(1.0 / rows.limit);
+  const bool is_zero = scale < __FLT_MIN__;
+  x_scale[token] = !is_finite ? __builtin_nanf("") : is_zero ? 0.0f : scale;
   int8_t* const to = x_int8 + token * width;
-  if (!is_finite || scale == 0.0f) {
-    std::memset(to, 0, width);
+  if (!is_finite || is_zero) {
+    if (width > 0) std::memset(to, 0, width);
     return;
   }
-  const float inverse = scale > 1e-30f && scale < 1e30f ? 1.0f / scale : 0.0f;
+  const float inverse = 1.0f / absmax * static_cast<float>(rows.limit);
   for (int64_t i = 0; i < width; i += 4 * kLanes) {
     vint values[4];
     for (int v = 0; v < 4; v++) {
-      values[v] = quantize_vector(load<vfloat>(row + i + v * kLanes), scale, inverse, rows.limit);
+      values[v] = quantize_vector(load<vfloat>(row + i + v * kLanes), inverse, rows.limit);
     }
     if (i + 4 * kLanes <= width) {
       store_int8(to + i, values);

@@ -41,7 +41,11 @@ static inline void butterfly(float* piece, int64_t length, float factor) {
     vfloat x[ways];
     for (int w = 0; w < ways; w++) {
       float* const from = piece + w * length + i;
-      x[w] = (is_whole ? load<vfloat>(from) : load_some(from, count)) * factor;
+      x[w] = is_whole ? load<vfloat>(from) : load_some(from, count);
+      if (factor != 1.0f) {
+        x[w] *= factor;
+        QUAFF_ROUNDED(x[w]);
+      }
     }
     for (int step = 1; step < ways; step *= 2) {
       for (int w = 0; w < ways; w++) {
@@ -69,7 +73,7 @@ static inline void butterflies(float* row, int64_t width, int64_t length, float 
 
 // Rotates a row in place; `block` is a power of two that divides its width.
 static void rotate_row(float* row, int64_t width, int block) {
-  float factor = 1.0f / __builtin_sqrtf(static_cast<float>(block));  // once, in the first pass
+  float factor = static_cast<float>(1.0 / __builtin_sqrt(block));  // once, in the first pass
   int64_t length = width / block;
   int left = block;
   for (; left >= 4; left /= 4, length *= 4, factor = 1.0f) butterflies<4>(row, width, length, factor);
