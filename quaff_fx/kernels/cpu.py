@@ -111,22 +111,22 @@ def int8_linear(
     w_outlier = None if w_outlier is None else _checked("w_outlier", w_outlier, torch.float32, (outliers, columns))
     bias = None if bias is None else _checked("bias", bias, torch.float32, (columns,))
 
-    out = torch.empty(tokens, columns, dtype=out_dtype)
+    out = torch.empty(tokens, columns, dtype=out_dtype, device="cpu")
     status = _library(variant).quaff_int8_linear(
-        a_int8.data_ptr(),
-        w_int8.data_ptr(),
+        _address("a_int8", a_int8),
+        _address("w_int8", w_int8),
         tokens,
         reduction,
         columns,
         transpose_w,
         activation_max,
-        None if a_scale is None else a_scale.data_ptr(),
-        None if w_scale is None else w_scale.data_ptr(),
-        None if a_outlier is None else a_outlier.data_ptr(),
-        None if w_outlier is None else w_outlier.data_ptr(),
+        _address("a_scale", a_scale),
+        _address("w_scale", w_scale),
+        _address("a_outlier", a_outlier),
+        _address("w_outlier", w_outlier),
         outliers,
-        None if bias is None else bias.data_ptr(),
-        out.data_ptr(),
+        _address("bias", bias),
+        _address("out", out),
         _KINDS[out_dtype],
         rotation,
         torch.get_num_threads(),
@@ -152,8 +152,8 @@ def quantize_activation(
     """Returns the smoothed and rotated activation in int8, its scale per token, and the operand of the correction.
 
     ``x̂ = rotated(x / s)`` with s_i = 1 outside the outlier channels, ``x_scale = absmax of the row of x̂ / Q``,
-    ``x_int8 = round(x̂ / x_scale)``, half to even, and ``x_outlier = x̂_O (s_O - 1) = x_O (1 - 1 / s_O)``. A row of zeros
-    has scale 0; a row with a non-finite value has scale NaN and zeros as integers.
+    ``x_int8 = round(x̂ Q / absmax)``, half to even, and ``x_outlier = x̂_O (s_O - 1) = x_O (1 - 1 / s_O)``. All of it is,
+    bit for bit, what `numerics.quantize_activation` gives, rows of zeros, subnormal and non-finite ones too.
 
     Args:
         x: (T, K) float32, bfloat16 or float16, rows at any distance from each other.
@@ -290,26 +290,28 @@ def _quantize_rows(
     _check_activation_max(activation_max)
     tokens, width = x.shape
     _check_rotation(rotation, width)
+    x = x.resolve_neg()
     if x.stride(1) != 1:
         x = x.contiguous()
     outliers = 0 if channels is None else channels.shape[0]
-    x_int8 = torch.empty(tokens, width, dtype=torch.int8)
-    x_scale, x_outlier = torch.empty(tokens), torch.empty(tokens, outliers)
+    x_int8 = torch.empty(tokens, width, dtype=torch.int8, device="cpu")
+    x_scale = torch.empty(tokens, dtype=torch.float32, device="cpu")
+    x_outlier = torch.empty(tokens, outliers, dtype=torch.float32, device="cpu")
     status = _library(variant).quaff_quantize_rows(
-        x.data_ptr(),
+        _address(name, x),
         _KINDS[x.dtype],
         tokens,
         width,
         x.stride(0),
-        None if column_scale is None else column_scale.data_ptr(),
-        None if channels is None else channels.data_ptr(),
-        None if smoothing is None else smoothing.data_ptr(),
+        _address("column_scale", column_scale),
+        _address("outlier_channels", channels),
+        _address("smoothing_scale", smoothing),
         outliers,
         activation_max,
         rotation,
-        x_int8.data_ptr(),
-        x_scale.data_ptr(),
-        x_outlier.data_ptr(),
+        _address("x_int8", x_int8),
+        _address("x_scale", x_scale),
+        _address("x_outlier", x_outlier),
         torch.get_num_threads(),
     )
     if status == _BAD_CHANNEL:
@@ -326,7 +328,33 @@ def _checked(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int | N
     is_shape = tensor.shape == shape if None not in shape else _fits(tensor, shape)
     if not (is_shape and tensor.dtype == dtype and tensor.is_cpu and tensor.layout == torch.strided):
         raise _misfit(name, tensor, dtype, shape)
-    return tensor.contiguous()
+    return (tensor.resolve_neg() if tensor.is_neg() else tensor).contiguous()
+
+
+def _address(name: str, tensor: Tensor | None) -> int | None:
+    """Returns where a tensor's values lie, None for None; raises unless its memory holds all of them.
+
+    A tensor may have a CPU device, a shape and a dtype, and no memory: a fake one, one that `torch.func` wraps, one of a
+    wrapper subclass, a parameter whose storage FSDP has freed.
+    """
+    if tensor is None:
+        return None
+    try:
+        address, held = tensor.data_ptr(), tensor.untyped_storage().nbytes()
+    except RuntimeError:  # a NotImplementedError is one
+        address, held = 0, 0
+    extent = tensor.numel()
+    if extent == 0:
+        return address
+    if not tensor.is_contiguous():
+        extent = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    needed = (tensor.storage_offset() + extent) * tensor.itemsize
+    if address == 0 or held < needed:
+        raise ShapeError(
+            f"{name}: is a {type(tensor).__name__} of shape {tuple(tensor.shape)} with {held} bytes of memory, "
+            f"expected at least {needed}. Pass a plain tensor that holds its values."
+        )
+    return address
 
 
 def _fits(tensor: Tensor, shape: tuple[int | None, ...]) -> bool:
@@ -348,7 +376,7 @@ def _check_activation_max(activation_max: int) -> None:
 
 
 def _check_rotation(rotation: int, features: int) -> None:
-    if rotation < 1 or rotation & (rotation - 1) or features % rotation:
+    if rotation < 1 or rotation & (rotation - 1) or features % rotation or rotation > max(1, features):
         raise ShapeError(
             f"rotation: is {rotation}, expected a power of two that divides the {features} features. "
             "Take numerics.rotation_block."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -93,7 +94,9 @@ def dequantized(
         result = result * w_scale
     result = numerics.rotate(result, rotation)
     if a_outlier is not None and w_outlier is not None and a_outlier.shape[1]:
-        result = result + a_outlier @ w_outlier
+        kind = accumulator.device.type
+        with torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext():
+            result = result + a_outlier @ w_outlier
     if bias is not None:
         result = result + bias.float()
     return result.to(out_dtype)
