@@ -2,7 +2,6 @@
 
 from quaff_fx.passes.infrastructure import Change, Pass, PassResult, run_passes
 from quaff_fx.passes.normalize import NormalizeProducts
-from quaff_fx.passes.observe import ObserveActivations
 from quaff_fx.passes.quantize import QuantizeLinears
 
-__all__ = ["Change", "NormalizeProducts", "ObserveActivations", "Pass", "PassResult", "QuantizeLinears", "run_passes"]
+__all__ = ["Change", "NormalizeProducts", "Pass", "PassResult", "QuantizeLinears", "run_passes"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 import re
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch.fx import Node
@@ -11,26 +12,29 @@ from torch.fx.node import Argument
 
 from quaff_fx import ops  # noqa: F401  (defines torch.ops.quaff)
 
-OBSERVE_WEIGHT = torch.ops.quaff.observe_weight.default
-OBSERVE_INT8_WEIGHT = torch.ops.quaff.observe_int8_weight.default
 DEQUANTIZE_WEIGHT = torch.ops.quaff.dequantize_weight.default
-MARKERS = (OBSERVE_WEIGHT, OBSERVE_INT8_WEIGHT, DEQUANTIZE_WEIGHT)
 
 LINEAR = torch.nn.functional.linear
 _LINEARS = (LINEAR, torch.ops.aten.linear.default)
 _PRODUCTS = (torch.matmul, torch.mm, operator.matmul, torch.ops.aten.mm.default, torch.ops.aten.matmul.default)
 _BIASED_PRODUCTS = (torch.addmm, torch.ops.aten.addmm.default)
 _TRANSPOSES = (torch.t, torch.ops.aten.t.default)
-_COPIES = ("to", "float", "half", "bfloat16", "type_as", "detach")
+COPIES = ("to", "float", "half", "bfloat16", "type_as", "detach")
+"""Names of functions that give the same values, perhaps in another dtype."""
+_SWAPS = {(0, 1), (1, 0), (-1, -2), (-2, -1), (0, -1), (-1, 0), (1, -2), (-2, 1)}
+_SWAPPING_ORDERS = {(1, 0), (-1, -2), (-1, 0), (1, -2)}
 
 # fmt: off
-_VALUE_READS = {
+VALUE_READS = {
     "abs", "add", "amax", "amin", "clamp", "div", "exp", "isfinite", "isnan", "linalg_matrix_norm", "linalg_norm",
     "linalg_vector_norm", "log", "matrix_norm", "max", "maximum", "mean", "min", "minimum", "mul", "neg", "norm",
     "normalize", "pow", "sqrt", "square", "std", "sub", "sum", "truediv", "var", "vector_norm",
 }
 # fmt: on
 """Names of functions that compute from values one by one, or reduce them."""
+
+METADATA = {"empty_like", "new_empty", "new_full", "new_ones", "new_zeros", "ones_like", "zeros_like"}
+"""Names of functions that take the shape, dtype and device of a tensor, and none of its values."""
 
 
 def is_call(node: object, *targets: object) -> bool:
@@ -49,18 +53,40 @@ def transposed_operand(node: object) -> Node | None:
     if is_call(node, getattr) and rest and rest[0] in ("T", "mT"):
         return operand
     if is_call(node, torch.transpose, "transpose", "swapaxes", "permute", torch.permute, torch.ops.aten.transpose.int):
-        dims = rest[0] if len(rest) == 1 and isinstance(rest[0], (tuple, list)) else rest
-        swaps = {(0, 1), (1, 0), (-1, -2), (-2, -1), (0, -1), (-1, 0), (1, -2), (-2, 1)}
-        is_permute = node.target in ("permute", torch.permute)
-        swaps = {(1, 0), (-1, -2), (-1, 0), (1, -2)} if is_permute else swaps
-        if tuple(dims) in swaps and not node.kwargs:
+        orders = _SWAPPING_ORDERS if node.target in ("permute", torch.permute) else _SWAPS
+        if _dims(rest) in orders and not node.kwargs:
             return operand
     return None
 
 
+def _dims(rest: Sequence[object]) -> tuple[object, ...]:
+    """Dimensions as they stand behind the tensor in a call: one by one, or in a list."""
+    return tuple(rest[0]) if len(rest) == 1 and isinstance(rest[0], (tuple, list)) else tuple(rest)
+
+
+def is_transpose(name: str, rest: Sequence[object], kwargs: Mapping[str, object]) -> bool:
+    """Tells whether the function called `name` swaps the two dimensions of a matrix, `rest` being behind it."""
+    if kwargs:
+        return False
+    if name in ("transpose", "swapaxes"):
+        return _dims(rest) in _SWAPS
+    return name in ("t", "T", "mT") or (name == "permute" and _dims(rest) in _SWAPPING_ORDERS)
+
+
+def function_name(func: object) -> str:
+    """Returns the name of a function as `__torch_function__` gets it: ``add`` of ``__radd__``, ``data`` of its getter."""
+    name = str(getattr(func, "__name__", func))
+    if name == "__get__":
+        return str(getattr(getattr(func, "__self__", None), "__name__", name))
+    if not (name.startswith("__") and name.endswith("__")):
+        return name
+    bare = name.strip("_")
+    return bare[1:] if bare[:1] == "r" and bare[1:] in VALUE_READS else bare
+
+
 def copied_operand(node: object) -> Node | None:
     """Returns what `node` casts, value for value, or None if it does not, or if the result may be edited."""
-    if not isinstance(node, Node) or not is_call(node, *_COPIES) or not isinstance(node.args[0], Node):
+    if not isinstance(node, Node) or not is_call(node, *COPIES) or not isinstance(node.args[0], Node):
         return None
     to = dtype(node)
     is_floating = to is None or to.is_floating_point
@@ -73,7 +99,7 @@ def _is_only_read(node: Node) -> bool:
         linear_operands(user) is not None
         or product_operands(user) is not None
         or reads_values(user)
-        or ((transposed_operand(user) is node or is_call(user, *_COPIES)) and _is_only_read(user))
+        or ((transposed_operand(user) is node or is_call(user, *COPIES)) and _is_only_read(user))
         for user in node.users
     )
 
@@ -81,7 +107,7 @@ def _is_only_read(node: Node) -> bool:
 def marked_weight(node: object) -> tuple[Node, bool] | None:
     """Returns the marker whose weight `node` is, transposes or casts, and whether it is transposed, else None."""
     transposed = False
-    while isinstance(node, Node) and not is_call(node, *MARKERS):
+    while isinstance(node, Node) and not is_call(node, DEQUANTIZE_WEIGHT):
         if (copied := copied_operand(node)) is not None:
             node = copied
         else:
@@ -121,7 +147,7 @@ def reads_values(node: Node) -> bool:
     For such a reader of a weight (a norm, a sum with an update) a dequantized weight is as good; of a node that is not
     known the answer is no.
     """
-    return node.op in ("call_function", "call_method") and describe_use(node) in _VALUE_READS
+    return node.op in ("call_function", "call_method") and describe_use(node) in VALUE_READS
 
 
 def edits_weight(node: Node) -> bool:

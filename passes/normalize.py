@@ -15,13 +15,13 @@ from torch.fx.node import Argument
 class NormalizeProducts:
     """Rewrites products with a marked weight into `linear` with the weight, or its one transpose, as second argument.
 
-        w = quaff.observe_weight(p, ...)
+        w = quaff.dequantize_weight(w_int8, ...)
         wt = w.t()
         y = torch.addmm(bias, x, wt)
 
     Becomes:
 
-        w = quaff.observe_weight(p, ...)
+        w = quaff.dequantize_weight(w_int8, ...)
         y = torch.nn.functional.linear(x, w, bias)
 
     GPT-2's Conv1D traces as `addmm`, `x @ w.T` and `x @ w` as `matmul`; the passes after this one match one form. A
@@ -29,13 +29,8 @@ class NormalizeProducts:
     autocast (a traced product whose result has another dtype than x) x is cast, as autocast does: the passes after this
     one give a linear the dtype of its x. It leaves alone products whose weight is the left operand and `addmm` whose
     first operand is no vector: they are no linears, and the passes after this one say so.
-
-    Attributes:
-        is_sharing_casts: products of one x read one cast of it, so that they can share its quantized form; their
-            gradients are added up in the dtype of autocast then, elsewhere in that of x.
+    Products of one x read one cast of it, so that they can share its quantized form.
     """
-
-    is_sharing_casts: bool = False
 
     def __call__(self, graph_module: GraphModule) -> PassResult:
         changes = []
@@ -50,7 +45,7 @@ class NormalizeProducts:
             x, (view, marker, transposed), bias = form
             with graph.inserting_before(node):
                 if (dtype := _autocast_dtype(node, x)) is not None:
-                    if (x, dtype) not in casts or not self.is_sharing_casts:
+                    if (x, dtype) not in casts:
                         casts[x, dtype] = _cast(graph, x, dtype)
                     x = casts[x, dtype]
                 weight = graph.call_method("t", (marker,)) if transposed else marker

@@ -4,23 +4,11 @@ from __future__ import annotations
 
 import operator
 
-from quaff_fx.passes import matching, observe, quantize
+from quaff_fx.passes import matching, quantize
 from quaff_fx.passes.infrastructure import subgraphs
 from torch.fx import GraphModule, Node
 
 from quaff_fx.errors import PassError
-
-
-def check_observed(graph_module: GraphModule) -> None:
-    """An observed graph has no marker left.
-
-    Raises:
-        PassError: it has.
-    """
-    for graph in subgraphs(graph_module):
-        for node in graph.graph.nodes:
-            if matching.is_call(node, *matching.MARKERS):
-                raise PassError(f"{node}: is a marker, expected none in an observed graph. Observe its uses.")
 
 
 def check_quantized(graph_module: GraphModule) -> None:
@@ -36,8 +24,6 @@ def check_quantized(graph_module: GraphModule) -> None:
             operands = matching.linear_operands(node)
             if operands is not None and matching.int8_weight(operands[1]) is not None:
                 raise PassError(f"{node}: multiplies a dequantized weight in float, expected {quantize.LINEAR}.")
-            if matching.is_call(node, observe.OBSERVE, matching.OBSERVE_WEIGHT, matching.OBSERVE_INT8_WEIGHT):
-                raise PassError(f"{node}: observes, expected no observer in a quantized graph.")
 
 
 def _check_linear(node: Node) -> None:

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from quaff_fx import calls, checkpoint
+from quaff_fx import calls, checkpoint, hosts, state
 from quaff_fx.config import QuaffConfig
 from quaff_fx.errors import CalibrationError, ConfigError
 from quaff_fx.sites import check_loaded, choose_blocks, find_sites
 from quaff_fx.stages import ATTRIBUTE, Stages
+from quaff_fx.state import LoadedWeight
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -21,9 +22,10 @@ Model = TypeVar("Model", bound=nn.Module)
 def compile(model: Model, config: QuaffConfig | Mapping[str, Any] | None = None) -> Model:
     """Prepares `model`, in place, for fine-tuning with int8 weights and activations; returns the same object.
 
-    The first ``config.calibration_steps`` training steps run in float and are observed; the next one converts the
-    frozen weights to int8, frees the float ones and compiles. Class, `forward` signature, hooks and everything that is
-    trainable stay as they are; the training loop does not change.
+    The first ``config.calibration_steps`` training steps run in float, as they would without this, and are observed;
+    the next forward converts the frozen weights to int8, frees the float ones and compiles. A step is a forward with
+    gradients whose backward runs, of the model or of a part of it that holds its blocks. Class, `forward` signature,
+    hooks and everything that is trainable stay as they are; the training loop does not change.
 
     Args:
         model: with some frozen weight matrices, usually a base model with a PEFT adapter.
@@ -42,10 +44,11 @@ def compile(model: Model, config: QuaffConfig | Mapping[str, Any] | None = None)
     if not isinstance(config, QuaffConfig):
         raise ConfigError(f"config: is a {type(config).__name__}, expected a QuaffConfig, a mapping or None. Pass one.")
     for name, module in model.named_modules():
-        if hasattr(module, ATTRIBUTE):
+        int8 = state.states_of(module).values()
+        if ATTRIBUTE in module.__dict__ or not all(isinstance(weight, LoadedWeight) for weight in int8):
             raise ConfigError(
-                f"{name or 'model'}: was already compiled by quaff_fx, expected a plain model. Use it as it is, "
-                "or call quaff_fx.dequantize(model) first."
+                f"{name or 'model'}: was already compiled by quaff_fx, expected a plain model. Use it as it is (an "
+                "adapter can be added to it), or call quaff_fx.dequantize(model) first."
             )
         if calls.is_compiled(module):
             raise ConfigError(
@@ -55,7 +58,7 @@ def compile(model: Model, config: QuaffConfig | Mapping[str, Any] | None = None)
     sites = find_sites(model, config)
     blocks = choose_blocks(model, sites, config)
     check_loaded(sites)
-    setattr(model, ATTRIBUTE, Stages(model, config, sites, blocks or [model]))
+    Stages(model, config, sites, blocks or [model])
     return model
 
 
@@ -71,6 +74,7 @@ def calibrate(model: Model, batches: Iterable[Any], *, forward: Callable[[Model,
         CalibrationError: there was no batch, the model was converted before, or an activation was not finite.
     """
     stages = stages_of(model)
+    stages.settle()
     if stages.stage != "observe":
         raise CalibrationError(
             "model: was calibrated before: its weights are int8 already, expected a model that is still observed. "
@@ -80,9 +84,9 @@ def calibrate(model: Model, batches: Iterable[Any], *, forward: Callable[[Model,
     was_training = model.training
     model.eval()
     try:
-        with torch.no_grad(), calls.without_kv_cache(model):
+        with torch.no_grad(), hosts.without_kv_cache(model):
             for batch in tqdm(batches, desc="quaff_fx: calibrating", disable=not stages.config.progress, leave=False):
-                stages.observe_step(lambda batch=batch: run(model, batch), show=False)  # type: ignore[misc]
+                stages.observe_now(lambda batch=batch: run(model, batch))  # type: ignore[misc]
     finally:
         model.train(was_training)
     if stages.steps == 0:
@@ -98,24 +102,41 @@ def dequantize(model: Model) -> Model:
     int8); afterwards the int8 values times their scales, with the outlier columns exact. Merge adapters or call
     `save_pretrained` after this.
 
+    Args:
+        model: what `compile` returned, a model that holds it or that it holds, or a copy of a part of one.
+
     Raises:
-        ConfigError: the model was not compiled by quaff_fx.
+        ConfigError: the model was not compiled by quaff_fx and holds no int8 weight.
     """
-    stages_of(model).uninstall()
+    every = _all_stages(model)
+    int8 = state.int8_places(model)
+    if not every and not int8:
+        raise _not_compiled()
+    for stages in every:
+        stages.uninstall()
+    for places in state.int8_places(model):
+        state.restore(places)
     return model
 
 
 def stages_of(model: nn.Module) -> Stages:
-    """Returns the `Stages` of a compiled model, also when it is wrapped (by DDP, say).
+    """Returns the `Stages` of a compiled model, also when it is wrapped (by DDP, say), or without its adapter.
 
     Raises:
         ConfigError: there is none.
     """
-    for module in model.modules():
-        stages = getattr(module, ATTRIBUTE, None)
-        if isinstance(stages, Stages):
-            return stages
-    raise ConfigError("model: was not compiled by quaff_fx, expected a compiled one. Call quaff_fx.compile(model).")
+    for stages in _all_stages(model):
+        return stages
+    raise _not_compiled()
+
+
+def _all_stages(model: nn.Module) -> list[Stages]:
+    found = (module.__dict__.get(ATTRIBUTE) for module in model.modules())
+    return list(dict.fromkeys(stages for stages in found if isinstance(stages, Stages)))
+
+
+def _not_compiled() -> ConfigError:
+    return ConfigError("model: was not compiled by quaff_fx, expected a compiled one. Call quaff_fx.compile(model).")
 
 
 def _forward(model: nn.Module, batch: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The two Dynamo backends: observe (eager, starts at once) and quantize (Inductor).
+"""The Dynamo backend: rewrites what was traced and hands it to Inductor.
 
 With `decompositions.py` and `calls.py` the only files of the package that touch torch's private modules
 (read in torch 2.13).
@@ -42,35 +42,18 @@ class CompiledGraph:
     """One traced graph, as text at each stage, with what the passes changed.
 
     Attributes:
-        stage: ``"observe"`` or ``"quantize"``.
         captured: the traced graph with its markers. rewritten: the graph after the passes.
         changes: what each pass did or left alone, in order.
         graph_module, fake_inputs: the rewritten graph with fake inputs of the traced shapes, for `lower`.
         autocast: what was on while it was traced.
     """
 
-    stage: str
     captured: str
     rewritten: str
     changes: tuple[Change, ...]
     graph_module: GraphModule = field(repr=False)
     fake_inputs: tuple[Any, ...] = field(repr=False)
     autocast: Autocast = ()
-
-
-class ObserveBackend:
-    """Runs the observed graph as it is, without Inductor, so that the first step starts in seconds."""
-
-    def __init__(self, threshold: float, record: list[CompiledGraph]) -> None:
-        self.threshold = threshold
-        self.record = record
-
-    def __call__(self, graph_module: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        captured = readable(graph_module)
-        result = pipeline.observe(graph_module, self.threshold)
-        self.record.append(_compiled_graph("observe", captured, result.graph_module, result.changes, example_inputs))
-        run: Callable[..., Any] = result.graph_module.forward
-        return run
 
 
 class QuantizeBackend:
@@ -84,14 +67,14 @@ class QuantizeBackend:
     def __call__(self, graph_module: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         captured = readable(graph_module)
         result = pipeline.quantize(graph_module)
-        if sum(graph.stage == "quantize" for graph in self.record) + 1 == self.limit:
+        if len(self.record) + 1 == self.limit:
             warnings.warn(
                 f"model: its blocks were compiled {self.limit} times, expected a few. From now on new shapes and "
                 "modes run eagerly: right, in int8, but slower. Print quaff_fx.graphs(model) to see what differs.",
                 QuaffWarning,
                 stacklevel=2,
             )
-        self.record.append(_compiled_graph("quantize", captured, result.graph_module, result.changes, example_inputs))
+        self.record.append(_compiled_graph(captured, result.graph_module, result.changes, example_inputs))
         patches = {
             # Neither the FX graph cache nor AOTAutograd's looks at decompositions; this entry goes into both keys.
             "unsafe_marked_cacheable_functions": {"quaff_fx.decompositions": decompositions.cache_salt()},
@@ -148,7 +131,7 @@ def lower(graph_module: GraphModule, fake_inputs: Sequence[Any], autocast: Autoc
 
 
 def _compiled_graph(
-    stage: str, captured: str, graph_module: GraphModule, changes: tuple[Change, ...], example_inputs: Sequence[Any]
+    captured: str, graph_module: GraphModule, changes: tuple[Change, ...], example_inputs: Sequence[Any]
 ) -> CompiledGraph:
     rewritten = readable(graph_module)
     fake_inputs = tuple(
@@ -157,4 +140,4 @@ def _compiled_graph(
             (n for n in graph_module.graph.nodes if n.op == "placeholder"), example_inputs, strict=False
         )
     )
-    return CompiledGraph(stage, captured, rewritten, changes, graph_module, fake_inputs, current_autocast())
+    return CompiledGraph(captured, rewritten, changes, graph_module, fake_inputs, current_autocast())

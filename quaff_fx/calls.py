@@ -1,42 +1,44 @@
-"""In-place compilation of a module: the one compiled function that all blocks share."""
+"""What a call of a module runs: compiled or eager code, with all of its hooks, and nothing while weights change."""
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import itertools
-import sys
 import threading
 import types
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules import module as torch_module
+
+from quaff_fx import hosts
 
 RECOMPILE_LIMIT = 64
-"""Graphs per stage before Dynamo gives up on a block; 8, the default, is used up by dynamic shapes and modes."""
+"""Graphs per model before Dynamo gives up on a block; 8, the default, is used up by dynamic shapes and modes."""
 
 
 _numbers = itertools.count()
 
 
-def _call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    # `_call_impl` and not the module itself: calling it would come back here.
-    return module._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
+def _forward(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    # Not a call of the module: its hooks run outside, where they may come and go (Dynamo guards none of them).
+    return module.quaff_forward(*args, **kwargs)
 
 
-def compiled_call(backend: Callable[..., Any]) -> Callable[..., Any]:
-    """Returns a function (module, args, kwargs) that runs a module's forward and hooks, compiled by `backend`.
+def compiled_forward(backend: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns a function (block, args, kwargs) that runs a block's forward, compiled by `backend`.
 
     One such function serves every block of a model: blocks of one class share its compiled graphs, and its limit of
     recompilations is its own. So is its code object, by which Dynamo remembers the sizes that have varied: a model does
     not get dynamic shapes because another one had them.
     """
-    name = f"{_call.__name__}_{next(_numbers)}"
-    own_call = types.FunctionType(_call.__code__.replace(co_name=name), _call.__globals__, name)
+    name = f"{_forward.__name__}_{next(_numbers)}"
+    own_forward = types.FunctionType(_forward.__code__.replace(co_name=name), _forward.__globals__, name)
     compiled: Callable[..., Any] = torch.compile(  # type: ignore[call-overload]
-        own_call, backend=backend, isolate_recompiles=True, recompile_limit=RECOMPILE_LIMIT
+        own_forward, backend=backend, isolate_recompiles=True, recompile_limit=RECOMPILE_LIMIT
     )
     return compiled
 
@@ -45,88 +47,11 @@ def install(module: nn.Module, call: Callable[..., Any]) -> None:
     """Makes calls of `module` run ``call(module, args, kwargs)``, as `nn.Module.compile` does."""
 
     @functools.wraps(module.forward)
-    def compiled_forward(*args: Any, **kwargs: Any) -> Any:
+    def through(*args: Any, **kwargs: Any) -> Any:
         return call(module, args, kwargs)
 
     # Not by attribute: a module that is being unpickled may have no `_parameters` yet.
-    module.__dict__["_compiled_call_impl"] = compiled_forward
-
-
-def call_eagerly(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Runs a module's forward and hooks without compiling them."""
-    return module._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
-
-
-def unless_generating(compiled: Callable[..., Any], is_observing: Callable[[], bool]) -> Callable[..., Any]:
-    """Returns `compiled`, except that a forward with a KV cache and without gradients runs eagerly.
-
-    A cache is indexed by the layer, so each layer would compile graphs of its own. Eager products are int8 as well
-    (`state.Int8Weight`), and one token is bound by reading the weights.
-
-    Args:
-        is_observing: whether the forward calibrates. Then it has to be compiled, as nothing else observes: prefix
-            tuning gives its prefix as a KV cache.
-    """
-
-    def call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        generating = not (torch.is_grad_enabled() or is_observing()) and _has_kv_cache((*args, *kwargs.values()))
-        return (call_eagerly if generating else compiled)(module, args, kwargs)
-
-    return call
-
-
-def _has_kv_cache(values: tuple[Any, ...]) -> bool:
-    transformers_cache = sys.modules.get("transformers.cache_utils")
-    return transformers_cache is not None and any(isinstance(value, transformers_cache.Cache) for value in values)
-
-
-@contextlib.contextmanager
-def without_kv_cache(model: nn.Module) -> Iterator[None]:
-    """Turns the default of ``use_cache`` off in the configs of a transformers model.
-
-    They ask for a KV cache in training too, which nobody reads, and which makes every layer a graph of its own. An
-    argument ``use_cache=True`` or ``past_key_values`` of the call still wins.
-    """
-    found: list[Any] = [getattr(module, "config", None) for module in model.modules()]
-    configs = {id(config): config for config in found if getattr(config, "use_cache", None) is True}
-    for config in configs.values():
-        config.use_cache = False
-    try:
-        yield
-    finally:
-        for config in configs.values():
-            config.use_cache = True
-
-
-_fastpath_lock = threading.Lock()
-_fastpath_off = 0  # how many calls want it off
-_fastpath_was_on = True
-
-
-@contextlib.contextmanager
-def without_mha_fastpath(model: nn.Module) -> Iterator[None]:
-    """Turns off the fused kernels that `nn.MultiheadAttention` and `nn.TransformerEncoderLayer` run in evaluation.
-
-    They take the weights of a whole layer, so no linear is traced: an evaluation would mark these weights as read by
-    something else, and they would stay in float. They also leave out an adapter of the layer's linears. The switch is
-    torch's own and global: the last of several models that run at the same time turns it on again.
-    """
-    global _fastpath_off, _fastpath_was_on
-    if not any(isinstance(module, nn.MultiheadAttention) for module in model.modules()):
-        yield
-        return
-    with _fastpath_lock:
-        if _fastpath_off == 0:
-            _fastpath_was_on = torch.backends.mha.get_fastpath_enabled()
-            torch.backends.mha.set_fastpath_enabled(False)
-        _fastpath_off += 1
-    try:
-        yield
-    finally:
-        with _fastpath_lock:
-            _fastpath_off -= 1
-            if _fastpath_off == 0:
-                torch.backends.mha.set_fastpath_enabled(_fastpath_was_on)
+    module.__dict__["_compiled_call_impl"] = through
 
 
 def uninstall(module: nn.Module) -> None:
@@ -134,6 +59,87 @@ def uninstall(module: nn.Module) -> None:
     module.__dict__.pop("_compiled_call_impl", None)
 
 
+def call_itself(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Runs a module's own code: its forward and hooks."""
+    return module._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
+
+
 def is_compiled(module: nn.Module) -> bool:
     """Tells whether `module` was compiled, by `torch.compile`, `nn.Module.compile` or this package."""
     return module._compiled_call_impl is not None or isinstance(module, torch._dynamo.eval_frame.OptimizedModule)
+
+
+def is_in_backward() -> bool:
+    """Tells whether this thread is in a backward: activation checkpointing replays forwards there."""
+    return torch._C._current_graph_task_id() != -1
+
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_GLOBAL_HOOKS = tuple("_global" + name for name in _HOOKS)
+
+
+def hooked_module(block: nn.Module) -> nn.Module | None:
+    """Returns a module inside `block` that has a hook which a compiled graph would not run; None if there is none.
+
+    Hooks of the block itself run outside its graph.
+    """
+    if any(getattr(torch_module, name) for name in _GLOBAL_HOOKS):
+        return block
+    modules = list(block._modules.values())
+    while modules:
+        module = modules.pop()
+        if module is None:
+            continue
+        own = module.__dict__
+        if own.get("_forward_hooks") or own.get("_forward_pre_hooks") or own.get("_backward_hooks") or own.get("_backward_pre_hooks"):
+            if not all(hosts.is_idle_hook(hook) for name in _HOOKS for hook in own.get(name, {}).values()):
+                return module
+        modules.extend(module._modules.values())
+    return None
+
+
+class Gate:
+    """Lets the forwards of all threads in, and none while one thread changes the weights; that one waits for the rest.
+
+    A thread that is inside may enter again.
+    """
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._inside: dict[int, int] = {}
+        self._alone: int | None = None
+
+    @contextmanager
+    def entered(self) -> Iterator[None]:
+        """While a forward runs."""
+        here = threading.get_ident()
+        with self._changed:
+            self._changed.wait_for(lambda: self._alone in (None, here))
+            self._inside[here] = self._inside.get(here, 0) + 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._inside[here] -= 1
+                if not self._inside[here]:
+                    del self._inside[here]
+                self._changed.notify_all()
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """While weights change."""
+        here = threading.get_ident()
+        with self._changed:
+            self._changed.wait_for(lambda: self._alone in (None, here))
+            before, self._alone = self._alone, here
+            try:
+                self._changed.wait_for(lambda: not self._inside.keys() - {here})
+            except BaseException:
+                self._alone = before
+                raise
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._alone = before
+                self._changed.notify_all()

@@ -3,44 +3,27 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import ctypes
 import gc
 import warnings
 import weakref
 from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from quaff_fx import numerics, ops, state
+from quaff_fx import numerics, state
 from quaff_fx.config import QuaffConfig
 from quaff_fx.errors import CalibrationError, QuaffWarning
 from quaff_fx.kernels import product
-from quaff_fx.ops import STATIC_MOMENTUM
+from quaff_fx.observe import Seen, Statistics, loaded_weight, site_tensor
+from quaff_fx.ops import IN_DIM_CONFLICT, IN_DIM_UNSEEN, STATIC_MOMENTUM
 from quaff_fx.sites import Site
-from quaff_fx.state import LoadedWeight, ObservedWeight, OutlierState, QuantizedWeight, WeightState
-
-
-def weight_state(site: Site) -> WeightState:
-    """Returns the state of the weight of a site that is observed or quantized."""
-    return state.states_of(site.module)[site.parameter]
-
-
-def observed(site: Site) -> ObservedWeight:
-    """Returns the statistics of a site that is being observed."""
-    weight = weight_state(site)
-    statistics = weight.observer if isinstance(weight, LoadedWeight) else weight
-    assert isinstance(statistics, ObservedWeight)
-    return statistics
-
-
-def loaded(site: Site) -> LoadedWeight | None:
-    """Returns the weight of a site that was loaded as int8, None of any other."""
-    weight = state.states_of(site.module).get(site.parameter)
-    return weight if isinstance(weight, LoadedWeight) else None
+from quaff_fx.state import OutlierState, QuantizedWeight
 
 
 def float_weight(site: Site) -> nn.Parameter:
@@ -52,17 +35,9 @@ def float_weight(site: Site) -> nn.Parameter:
 
 def quantized(site: Site) -> QuantizedWeight:
     """Returns the weight of a site that is quantized."""
-    weight = weight_state(site)
+    weight = state.states_of(site.module)[site.parameter]
     assert isinstance(weight, QuantizedWeight)
     return weight
-
-
-def stop_observing(site: Site) -> None:
-    """Makes the weight of a site what it was before it was observed."""
-    if (int8 := loaded(site)) is not None:
-        int8.observer = None
-    else:
-        state.restore(site.module, site.parameter)
 
 
 @dataclass(frozen=True)
@@ -95,81 +70,98 @@ class Plan:
     left_alone: list[tuple[Site, str]] = field(default_factory=list)
     columns: dict[str, Tensor] = field(default_factory=dict)
 
+    def for_sites(self, sites: Sequence[Site]) -> Plan:
+        """Returns the same plan for the sites of a copy of the model, with outlier states of their own."""
+        by_name = {site.weight_name: site for site in sites}
+        outliers = copy.deepcopy({id(choice.outliers): choice.outliers for choice in self.choices})
+        return Plan(
+            [replace(c, site=by_name[c.site.weight_name], outliers=outliers[id(c.outliers)]) for c in self.choices],
+            [(by_name[site.weight_name], reason) for site, reason in self.left_alone],
+            self.columns,
+        )
 
-def choose(sites: Sequence[Site], config: QuaffConfig) -> Plan:
+
+def choose(sites: Sequence[Site], statistics: Mapping[str, Statistics], config: QuaffConfig) -> Plan:
     """Returns what is to become of every observed site; one that no linear read is left alone.
 
     Statistics are summed over all ranks of a distributed run first, so that every rank chooses the same channels.
+    Changes nothing.
 
     Raises:
-        CalibrationError: no linear read any of the sites.
         CheckpointError: the file of a weight that was loaded as int8 has changed or vanished.
     """
     sites = [site for site in sites if not site.reason]
-    for int8 in map(loaded, sites):
+    for int8 in map(loaded_weight, sites):
         if int8 is not None:
             int8.source.check_unchanged()
-    _sum_over_ranks(sites)
-    reasons = {site.weight_name: _reason_not_read(site) for site in sites}
-    if all(reasons.values()):
-        raise CalibrationError(
-            f"model: none of its {len(sites)} frozen weights was read by a traced linear, expected at least one. "
-            "Look at quaff_fx.graphs(model) to see what was captured."
-        )
+    seen = {site.weight_name: statistics.get(site.weight_name) or Statistics.none(site) for site in sites}
+    seen = _summed_over_ranks(seen)
+    reasons = {site.weight_name: _reason_not_read(site, seen[site.weight_name]) for site in sites}
     read = [site for site in sites if not reasons[site.weight_name]]
     plan = Plan(left_alone=[(site, reason) for site in sites if (reason := reasons[site.weight_name])])
-    for group in _groups(read) if config.is_sharing else [[site] for site in read]:
-        outliers = _outlier_state(group, config, plan.columns)
+    for group in _groups(read, seen) if config.is_sharing else [[site] for site in read]:
+        outliers = _outlier_state(group, seen, config, plan.columns)
         q = product.activation_max(config.activation_bits, outliers.outlier_channels.device)
-        rotation = numerics.rotation_block(in_features(group[0]), config.largest_rotation)
-        plan.choices += [Choice(site, int(observed(site).in_dim_seen), outliers, q, rotation) for site in group]
+        for site in group:
+            in_dim = seen[site.weight_name].in_dim
+            rotation = numerics.rotation_block(site.shape[in_dim], config.largest_rotation)
+            plan.choices.append(Choice(site, in_dim, outliers, q, rotation))
     return plan
 
 
 def apply(plan: Plan, *, progress: bool) -> None:
     """Carries out `plan`: makes its sites quantized, one by one, so that never more than one weight exists twice.
 
-    Nothing can fail in the middle: all that has to be read was read for the plan.
+    Whatever interrupts it, another call goes on where it was: what has to be read from files was read for the plan.
     """
     for site, reason in plan.left_alone:
         site.reason = reason
-        stop_observing(site)
     held: list[tuple[str, weakref.ref[Tensor]]] = []
     for choice in tqdm(plan.choices, desc="quaff_fx: converting", disable=not progress, leave=False):
         site = choice.site
-        if loaded(site) is None:
-            held.append((site.weight_name, weakref.ref(float_weight(site))))
-        weight = converted(choice, plan.columns.pop(site.weight_name, None))
-        state.attach(site.module, state.states_of(site.module) | {site.parameter: weight})
+        weight = None
+        for module, parameter in site.places:  # all of them share one
+            states = state.states_of(module)
+            if isinstance(states.get(parameter), QuantizedWeight):
+                weight = states[parameter]
+                continue
+            if weight is None:
+                if loaded_weight(site) is None:
+                    held.append((site.weight_name, weakref.ref(float_weight(site))))
+                weight = converted(choice, plan.columns.get(site.weight_name))
+            state.attach(module, states | {parameter: weight})
     _warn_of_held_weights(held)
     _return_freed_memory()
 
 
 def converted(choice: Choice, columns: Tensor | None = None) -> QuantizedWeight:
     """Returns what the weight of a site becomes; `columns` are those of one that was loaded as int8."""
-    if (int8 := loaded(choice.site)) is None:
+    if (int8 := loaded_weight(choice.site)) is None:
         weight = float_weight(choice.site)
         return QuantizedWeight(weight, choice.in_dim, choice.outliers, choice.activation_max, choice.rotation)
     assert columns is not None
     return QuantizedWeight.of_loaded(int8, columns, choice.outliers, choice.activation_max)
 
 
-def _reason_not_read(site: Site) -> str:
-    seen = int(observed(site).in_dim_seen)
-    if seen == ops.IN_DIM_UNSEEN:
-        return "no traced linear reads it"
-    if seen == ops.IN_DIM_CONFLICT:
+def reason_not_observable(site: Site) -> str:
+    """Why a site that was observed so far cannot be any more: it is to be trained, or is another module's now."""
+    if loaded_weight(site) is not None:
+        return ""
+    weight = site.module._parameters.get(site.parameter)
+    if weight is None:
+        return "weight was replaced while it was observed"
+    return "weight is trainable" if weight.requires_grad else ""
+
+
+def _reason_not_read(site: Site, seen: Statistics) -> str:
+    if seen.in_dim == IN_DIM_UNSEEN:
+        return "no linear reads it"
+    int8 = loaded_weight(site)
+    if seen.in_dim == IN_DIM_CONFLICT or (int8 is not None and seen.in_dim != int8.in_dim):
         return "not only linears over one dimension read it"
-    if loaded(site) is not None:
+    if int8 is not None:
         return ""
     return "" if bool(torch.isfinite(float_weight(site)).all()) else "weight has non-finite values"
-
-
-def in_features(site: Site) -> int:
-    """K of a site whose orientation was seen."""
-    if (int8 := loaded(site)) is not None:
-        return int8.w_int8.shape[1]
-    return site.shape[int(observed(site).in_dim_seen)]
 
 
 def check_whole(sites: Sequence[Site]) -> None:
@@ -179,34 +171,36 @@ def check_whole(sites: Sequence[Site]) -> None:
     from torch.distributed.tensor import DTensor
 
     for site in sites:
-        int8 = loaded(site)
-        weight = site.module._parameters.get(site.parameter) if int8 is None else int8.w_int8
-        if isinstance(weight, DTensor):
+        if isinstance(site_tensor(site), DTensor):
             raise CalibrationError(
                 f"{site.weight_name}: is sharded while it is observed, expected a whole weight. Call "
                 "quaff_fx.calibrate(model, batches) before fully_shard; converted weights can be sharded."
             )
 
 
-def hit_count(site: Site, config: QuaffConfig) -> int:
-    """How many channels of a site's input count as hits in a step when ranked by absmax; 0 before it was seen."""
-    is_seen = int(observed(site).in_dim_seen) in (0, 1)
-    return numerics.outlier_count(in_features(site), config.budget_of(site.name)) if is_seen else 0
+def hit_count(site: Site, seen: Seen, config: QuaffConfig) -> int:
+    """How many channels of a site's input count as hits in a step when ranked by absmax."""
+    if seen.in_dim not in (0, 1):
+        return 0
+    return numerics.outlier_count(site.shape[seen.in_dim], config.budget_of(site.name))
 
 
-def _groups(sites: list[Site]) -> list[list[Site]]:
+def _groups(sites: list[Site], seen: Mapping[str, Statistics]) -> list[list[Site]]:
     """Sites whose recorded statistics are equal bit for bit read the same activation.
 
     The pass shares a quantized activation only if the traced activation is the same as well.
     """
     groups: dict[tuple[int, bytes], list[Site]] = defaultdict(list)
     for site in sites:
-        statistics = observed(site).absmax_sum[: in_features(site)]
-        groups[in_features(site), statistics.cpu().numpy().tobytes()].append(site)
+        statistics = seen[site.weight_name]
+        size = site.shape[statistics.in_dim]
+        groups[size, statistics.absmax_sum[:size].cpu().numpy().tobytes()].append(site)
     return list(groups.values())
 
 
-def _outlier_state(group: list[Site], config: QuaffConfig, columns: dict[str, Tensor]) -> OutlierState:
+def _outlier_state(
+    group: list[Site], seen: Mapping[str, Statistics], config: QuaffConfig, columns: dict[str, Tensor]
+) -> OutlierState:
     """Chooses the outlier channels of one activation and their first smoothing scale.
 
     Puts the columns (N, O) of weights that were loaded as int8, which a file has to be read for, into `columns`.
@@ -214,19 +208,19 @@ def _outlier_state(group: list[Site], config: QuaffConfig, columns: dict[str, Te
     A group's weight absmax is the geometric mean of its sites': the maximum would leave the site with the smallest
     weights (v_proj) too little smoothing, the minimum would give the others too much.
     """
-    first = observed(group[0])
-    size = in_features(group[0])
-    absmax = first.absmax_sum[:size] / max(first.steps, 1)
+    first = seen[group[0].weight_name]
+    size, device = group[0].shape[first.in_dim], site_tensor(group[0]).device
+    absmax = (first.absmax_sum[:size] / max(first.steps, 1)).to(device)
     budget = max(config.budget_of(site.name) for site in group)
     count = numerics.outlier_count(size, budget)
-    channels = numerics.stable_outlier_channels(first.hits[:size], absmax, count)
+    channels = numerics.stable_outlier_channels(first.hits[:size].to(device), absmax, count)
     absmaxes = []
     for site in group:
-        if (int8 := loaded(site)) is not None:
+        if (int8 := loaded_weight(site)) is not None:
             columns[site.weight_name] = int8.columns(channels)
             absmaxes.append(columns[site.weight_name].abs().amax(dim=0).float())
             continue
-        weight, in_dim = float_weight(site), int(observed(site).in_dim_seen)
+        weight, in_dim = float_weight(site), seen[site.weight_name].in_dim
         absmaxes.append(weight.detach().index_select(in_dim, channels).abs().amax(dim=1 - in_dim).float())
     w_absmax = torch.stack(absmaxes).log().mean(dim=0).exp()
     if config.smoothing == "split":
@@ -235,15 +229,20 @@ def _outlier_state(group: list[Site], config: QuaffConfig, columns: dict[str, Te
     return OutlierState(channels, w_absmax, target, float(config.momentum))
 
 
-def _sum_over_ranks(sites: Sequence[Site]) -> None:
+def _summed_over_ranks(seen: dict[str, Statistics]) -> dict[str, Statistics]:
+    """Returns the statistics of all ranks together; those of each stay as they are."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return
-    for site in sites:
-        statistics = observed(site)
-        for tensor in (statistics.hits, statistics.absmax_sum):
+        return seen
+    summed = {}
+    for name, statistics in seen.items():
+        hits, absmax_sum = statistics.hits.clone(), statistics.absmax_sum.clone()
+        in_dim = torch.tensor(statistics.in_dim, dtype=torch.int64, device=hits.device)
+        for tensor in (hits, absmax_sum):
             torch.distributed.all_reduce(tensor)
-        torch.distributed.all_reduce(statistics.in_dim_seen, op=torch.distributed.ReduceOp.MAX)
-        statistics.steps *= torch.distributed.get_world_size()
+        torch.distributed.all_reduce(in_dim, op=torch.distributed.ReduceOp.MAX)
+        steps = statistics.steps * torch.distributed.get_world_size()
+        summed[name] = Statistics(hits, absmax_sum, int(in_dim), steps)
+    return summed
 
 
 def _return_freed_memory() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections import defaultdict
 from dataclasses import dataclass
 
@@ -12,7 +13,8 @@ from torch import nn
 from quaff_fx.api import stages_of
 from quaff_fx.kernels import product
 from quaff_fx.sites import Site
-from quaff_fx.state import LoadedWeight, ObservedWeight, QuantizedWeight, WeightState
+from quaff_fx.stages import Stages
+from quaff_fx.state import LoadedWeight, QuantizedWeight, WeightState
 
 SHOWN_CHANNELS = 4
 
@@ -27,6 +29,8 @@ class Row:
             if such a one is left alone (the product is float), or ``"float"``.
         activation_bits: of its input, None in float. outlier_channels: the most stable first.
         bytes_before, bytes_after: of the weight and all that replaces it. reason: why it is left alone.
+        flops: multiply-adds in the calibration steps, as they were seen. Before the first one, and of a weight of more
+            than two dimensions: per token, of experts as if the token went to all of them.
     """
 
     name: str
@@ -38,11 +42,7 @@ class Row:
     bytes_before: int
     bytes_after: int
     reason: str
-
-    @property
-    def flops(self) -> int:
-        """Multiply-adds per token; of experts, as if the token went to all of them."""
-        return math.prod(self.shape)
+    flops: int
 
 
 @dataclass(frozen=True)
@@ -64,12 +64,12 @@ class Explanation:
 
     @property
     def int8_share(self) -> float:
-        """Share of the linear multiply-adds per token that are int8, in [0, 1]."""
+        """Share of the linear multiply-adds that are int8, in [0, 1]."""
         return sum(row.flops for row in self.rows if row.stage == "int8") / self._flops()
 
     @property
     def left_alone(self) -> dict[str, float]:
-        """Why weights are left alone, with the share of the linear multiply-adds per token that each reason takes."""
+        """Why weights are left alone, with the share of the linear multiply-adds that each reason takes."""
         shares: dict[str, float] = defaultdict(float)
         for row in self.rows:
             if row.reason:
@@ -146,9 +146,10 @@ def explain(model: nn.Module) -> Explanation:
         ConfigError: the model was not compiled by quaff_fx.
     """
     stages = stages_of(model)
-    rows = [_row(site, stages.weight_state(site)) for site in stages.sites]
+    tokens = _tokens(stages)
+    rows = [_row(site, stages, tokens) for site in stages.sites]
     device = next(stages.model.parameters()).device
-    changes = [change for graph in stages.graphs if graph.stage == "quantize" for change in graph.changes]
+    changes = [change for graph in stages.graphs for change in graph.changes]
     also_read = dict.fromkeys(f"{c.site} ({c.reason})" for c in changes if c.action == "left alone")
     return Explanation(
         tuple(rows),
@@ -160,18 +161,29 @@ def explain(model: nn.Module) -> Explanation:
     )
 
 
-def _row(site: Site, weight: WeightState | None) -> Row:
+def _row(site: Site, stages: Stages, tokens: int) -> Row:
+    weight = stages.weight_state(site)
     before = math.prod(site.shape) * site.dtype.itemsize
+    stage, bits, after = "float", None, before
+    channels: tuple[int, ...] = ()
     if isinstance(weight, QuantizedWeight):
+        stage, bits, after = "int8", 8 if weight.activation_max == 127 else 7, weight.weight_bytes()
         channels = tuple(weight.outliers.outlier_channels.tolist())
-        bits = 8 if weight.activation_max == 127 else 7
-        return Row(site.name, site.weight_name, site.shape, "int8", bits, channels, before, weight.weight_bytes(), "")
-    if isinstance(weight, LoadedWeight):
-        stage = "int8 weight" if site.reason else "observed (int8)"
-        after = weight.weight_bytes()
-        return Row(site.name, site.weight_name, site.shape, stage, None, (), before, after, site.reason)
-    stage = "observed" if isinstance(weight, ObservedWeight) else "float"
-    return Row(site.name, site.weight_name, site.shape, stage, None, (), before, before, site.reason)
+    elif isinstance(weight, LoadedWeight):
+        stage, after = "int8 weight" if site.reason else "observed (int8)", weight.weight_bytes()
+    elif stages.stage == "observe" and not site.reason:
+        stage = "observed"
+    flops = math.prod(site.shape) * tokens
+    if len(site.shape) == 2 and stages.calibration.multiply_adds:
+        flops = stages.calibration.multiply_adds.get(site.weight_name, 0)
+    return Row(site.name, site.weight_name, site.shape, stage, bits, channels, before, after, site.reason, flops)
+
+
+def _tokens(stages: Stages) -> int:
+    """How many rows most matrices multiplied in the calibration steps; 1 before the first one."""
+    counted = stages.calibration.multiply_adds
+    uses = [counted[site.weight_name] // math.prod(site.shape) for site in stages.sites if counted.get(site.weight_name)]
+    return statistics.median_low(uses) if uses else 1
 
 
 def _channels(channels: tuple[int, ...]) -> str:

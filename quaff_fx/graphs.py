@@ -17,11 +17,9 @@ class Graph:
     """One traced graph; `str` shows all of it.
 
     Attributes:
-        stage: ``"observe"`` or ``"quantize"``. captured: the graph as traced, with its markers.
-        rewritten: after the passes. changes: what they did.
+        captured: the graph as traced, with its markers. rewritten: after the passes. changes: what they did.
     """
 
-    stage: str
     captured: str
     rewritten: str
     changes: tuple[Change, ...]
@@ -35,20 +33,16 @@ class Graph:
         return tuple(readable(graph) for graph in graphs)
 
     def __str__(self) -> str:
-        parts = [("captured", self.captured), ("rewritten", self.rewritten)]
-        if self.stage == "quantize":
-            lowered = self.lowered
-            names = ("lowered forward", "lowered backward") if len(lowered) == 2 else ("lowered",) * len(lowered)
-            parts += zip(names, lowered, strict=True)
-        return "\n\n".join(f"# {self.stage}: {name}\n{text}" for name, text in parts)
+        lowered = self.lowered
+        names = ("lowered forward", "lowered backward") if len(lowered) == 2 else ("lowered",) * len(lowered)
+        parts = [("captured", self.captured), ("rewritten", self.rewritten), *zip(names, lowered, strict=True)]
+        return "\n\n".join(f"# {name}\n{text}" for name, text in parts)
 
 
 def graphs(model: nn.Module) -> tuple[Graph, ...]:
-    """Returns the graphs traced so far for `model`, oldest first. Blocks of one class share theirs.
+    """Returns the graphs traced so far for `model`, oldest first; none while it calibrates. Blocks of a class share theirs.
 
     Raises:
         ConfigError: the model was not compiled by quaff_fx.
     """
-    return tuple(
-        Graph(graph.stage, graph.captured, graph.rewritten, graph.changes, graph) for graph in stages_of(model).graphs
-    )
+    return tuple(Graph(graph.captured, graph.rewritten, graph.changes, graph) for graph in stages_of(model).graphs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import torch
@@ -119,19 +120,27 @@ def _dequantized(weight: Int8Weight) -> Tensor:
     return matrix.t() if weight._state.in_dim == 0 else matrix
 
 
+def product_operands(
+    func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> tuple[Any, Any, Tensor | None, int] | None:
+    """Returns x, weight, bias of a product, and the dimension of the weight that it reduces over; None of all else."""
+    if func is nn.functional.linear:
+        given = dict(zip(("input", "weight", "bias"), args, strict=False)) | kwargs
+        return given["input"], given["weight"], given.get("bias"), 1
+    if func in (torch.addmm, Tensor.addmm) and len(args) == 3 and not kwargs and args[0].ndim == 1:
+        return args[1], args[2], args[0], 0
+    if func in (torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm) and len(args) == 2 and not kwargs:
+        return args[0], args[1], None, 0
+    return None
+
+
 def _linear_operands(
     func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[Tensor, Int8Weight, Tensor | None] | None:
     """The operands of a product that is a linear over the weight's in-features, None of anything else."""
-    if func is nn.functional.linear:
-        given = dict(zip(("input", "weight", "bias"), args, strict=False)) | kwargs
-        x, weight, bias, in_dim = given["input"], given["weight"], given.get("bias"), 1
-    elif func is torch.addmm and len(args) == 3 and not kwargs and args[0].ndim == 1:
-        bias, x, weight, in_dim = *args, 0
-    elif func in (torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm) and len(args) == 2:
-        x, weight, bias, in_dim = *args, None, 0
-    else:
+    if (operands := product_operands(func, args, kwargs)) is None:
         return None
+    x, weight, bias, in_dim = operands
     is_linear = isinstance(weight, Int8Weight) and not isinstance(x, Int8Weight) and weight._state.in_dim == in_dim
     return (x, weight, bias) if is_linear else None
 

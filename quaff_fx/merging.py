@@ -7,7 +7,6 @@ the stored weight.
 from __future__ import annotations
 
 import copy
-import functools
 import os
 import shutil
 import sys
@@ -26,7 +25,7 @@ from tqdm import tqdm
 from quaff_fx import checkpoint, state
 from quaff_fx.checkpoint import PathLike
 from quaff_fx.errors import CheckpointError, WeightError
-from quaff_fx.state import LoadedWeight, ObservedWeight, QuantizedWeight
+from quaff_fx.state import LoadedWeight, QuantizedWeight
 from quaff_fx.stored_tensor import StoredTensor, stored_tensors
 
 _WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".ckpt", ".onnx")
@@ -99,34 +98,6 @@ def merge_into_checkpoint(
             f"{output}: cannot be written ({error}), expected room for a copy of {source}. Nothing was left there."
         ) from error
     return output
-
-
-def guard_peft() -> None:
-    """Makes PEFT refuse, before it changes anything, to merge adapters into int8 weights. Idempotent.
-
-    PEFT unloads a model module by module: without this, what stands before the first int8 weight is unloaded when that
-    one refuses. Nothing is done unless peft is imported. (Read in peft 0.21.)
-    """
-    tuners = sys.modules.get("peft.tuners.tuners_utils")
-    if tuners is None or hasattr(tuners.BaseTuner._check_merge_allowed, "_quaff_guard"):
-        return
-    original = tuners.BaseTuner._check_merge_allowed
-
-    @functools.wraps(original)
-    def check_merge_allowed(tuner: Any) -> Any:
-        for name, module in tuner.model.named_modules():
-            if isinstance(module, tuners.BaseTunerLayer):
-                weights = state.states_of(module.get_base_layer()).values()
-                if any(not isinstance(weight, ObservedWeight) for weight in weights):
-                    raise WeightError(
-                        f"{name}: its weight is int8 and rebuilt at each read, expected a float one to merge "
-                        "an adapter into. Nothing was merged. Call quaff_fx.merge_into_checkpoint(model, source, "
-                        "output), which merges into the stored weights, or quaff_fx.dequantize(model) first."
-                    )
-        return original(tuner)
-
-    check_merge_allowed._quaff_guard = True  # type: ignore[attr-defined]
-    tuners.BaseTuner._check_merge_allowed = check_merge_allowed
 
 
 @dataclass
@@ -373,7 +344,7 @@ def _differs(name: str, stored: StoredTensor) -> CheckpointError:
 def _float_module(base: nn.Module, values: dict[str, Tensor]) -> nn.Module:
     """Returns a module like `base` with these values as parameters, where the adapter is."""
     device = next((tensor.device for tensor in (*base.parameters(), *base.buffers())), torch.device("cpu"))
-    cls = getattr(type(base), "quaff_base", type(base))
+    cls = state.base_class(base)
     module: nn.Module = cls.__new__(cls)
     module.__dict__.update(base.__dict__)
     kept = {name: child for name, child in base._modules.items() if not name.startswith(state.SLOT_PREFIX)}

@@ -1,6 +1,6 @@
 """The custom ops `quaff::*`: what a rewritten graph is made of.
 
-Markers stand where a frozen weight is read; the other ops are what passes put in their place. Each op has a real
+A marker stands where a frozen weight is read; the other ops are what passes put in their place. Each op has a real
 implementation, a fake one, and where it is differentiable a gradient; `decompositions.py` says what Inductor sees.
 """
 
@@ -18,23 +18,13 @@ from quaff_fx.kernels import product
 LIBRARY = torch.library.Library("quaff", "DEF")  # type: ignore[no-untyped-call]
 
 _SCHEMAS = {
-    # markers
-    "observe_weight": "(Tensor w, Tensor step_absmax, Tensor step_count, Tensor in_dim_seen) -> Tensor",
-    "observe_int8_weight": (
-        "(Tensor w_int8, Tensor w_scale, Tensor step_absmax, Tensor step_count, Tensor in_dim_seen, "
-        "ScalarType dtype, int rotation) -> Tensor"
-    ),
+    # marker
     "dequantize_weight": (
         "(Tensor w_int8, Tensor w_scale, Tensor w_outlier, Tensor outlier_channels, Tensor outlier_w_absmax, "
         "Tensor smoothing_scale, Tensor next_smoothing_scale, float momentum, int activation_max, bool training, "
         "ScalarType dtype, int rotation) -> Tensor"
     ),
-    # observe
-    "observe": (
-        "(Tensor x, Tensor(a!) step_absmax, Tensor(b!) step_count, Tensor(c!) in_dim_seen, int in_dim, "
-        "float threshold) -> ()"
-    ),
-    "observe_other_use": "(Tensor(a!) in_dim_seen) -> ()",
+    # of weights whose outlier channels are not known yet
     "weight_only_linear": "(Tensor x, Tensor w_int8, Tensor w_scale, Tensor? bias, int rotation) -> Tensor",
     # quantize
     "update_smoothing_scale": (
@@ -81,23 +71,7 @@ def tokens_of(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1])
 
 
-# --- markers -----------------------------------------------------------------------------------------------------
-
-
-def _observe_weight(w: Tensor, step_absmax: Tensor, step_count: Tensor, in_dim_seen: Tensor) -> Tensor:
-    return w.clone()
-
-
-def _observe_int8_weight(
-    w_int8: Tensor,
-    w_scale: Tensor,
-    step_absmax: Tensor,
-    step_count: Tensor,
-    in_dim_seen: Tensor,
-    dtype: torch.dtype,
-    rotation: int,
-) -> Tensor:
-    return numerics.dequantize_rows(w_int8, w_scale, rotation).to(dtype)
+# --- marker ------------------------------------------------------------------------------------------------------
 
 
 def _dequantize_weight(
@@ -117,26 +91,7 @@ def _dequantize_weight(
     return numerics.dequantize_weight(w_int8, w_scale, w_outlier, outlier_channels, rotation).to(dtype)
 
 
-# --- observe -----------------------------------------------------------------------------------------------------
-
-
-def _observe(
-    x: Tensor, step_absmax: Tensor, step_count: Tensor, in_dim_seen: Tensor, in_dim: int, threshold: float
-) -> None:
-    """Keeps the maximum within a step, so that a forward replayed by activation checkpointing changes nothing."""
-    x = tokens_of(x.detach())
-    channels = slice(0, x.shape[1])
-    step_absmax[channels] = torch.maximum(step_absmax[channels], numerics.channel_absmax(x))
-    if threshold > 0 and x.shape[0]:
-        magnitude = x.abs().float()
-        count = (magnitude > threshold * magnitude.mean()).sum(dim=0)
-        step_count[channels] = torch.maximum(step_count[channels], count.float())
-    seen = torch.where(in_dim_seen == IN_DIM_UNSEEN, in_dim, in_dim_seen)
-    in_dim_seen.copy_(torch.where(seen == in_dim, seen, IN_DIM_CONFLICT))
-
-
-def _observe_other_use(in_dim_seen: Tensor) -> None:
-    in_dim_seen.fill_(IN_DIM_CONFLICT)
+# --- float activations ---------------------------------------------------------------------------------------------
 
 
 def _weight_only_linear(x: Tensor, w_int8: Tensor, w_scale: Tensor, bias: Tensor | None, rotation: int) -> Tensor:
@@ -285,10 +240,6 @@ def _int8_linear(
 # --- fake implementations: shapes, dtypes and devices ---------------------------------------------------------------
 
 
-def _fake_observe_weight(w: Tensor, step_absmax: Tensor, step_count: Tensor, in_dim_seen: Tensor) -> Tensor:
-    return torch.empty_like(w)
-
-
 def _fake_weight_only_linear(x: Tensor, w_int8: Tensor, w_scale: Tensor, bias: Tensor | None, rotation: int) -> Tensor:
     if x.shape[-1] != w_int8.shape[1]:
         raise ShapeError(
@@ -302,10 +253,6 @@ def _fake_dequantize_weight(w_int8: Tensor, *state: object) -> Tensor:
     dtype = state[-2]
     assert isinstance(dtype, torch.dtype)
     return torch.empty_like(w_int8, dtype=dtype)
-
-
-def _fake_observe(*_: object) -> None:
-    return None
 
 
 def _fake_update_smoothing_scale(
@@ -368,11 +315,7 @@ def _fake_int8_linear(
 
 
 for _name, _real, _fake in (
-    ("observe_weight", _observe_weight, _fake_observe_weight),
-    ("observe_int8_weight", _observe_int8_weight, _fake_dequantize_weight),
     ("dequantize_weight", _dequantize_weight, _fake_dequantize_weight),
-    ("observe", _observe, _fake_observe),
-    ("observe_other_use", _observe_other_use, _fake_observe),
     ("weight_only_linear", _weight_only_linear, _fake_weight_only_linear),
     ("update_smoothing_scale", _update_smoothing_scale, _fake_update_smoothing_scale),
     ("quantize_activation", _quantize_activation, _fake_quantize_activation),

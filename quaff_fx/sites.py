@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
 from quaff_fx.config import QuaffConfig, matches
 from quaff_fx.errors import ConfigError
+from quaff_fx.hosts import adapters_own_parameters
 from quaff_fx.numerics import INT32_MAX_REDUCTION
-from quaff_fx.state import LoadedWeight, states_of
+from quaff_fx.state import LoadedWeight, QuantizedWeight, states_of
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 DEVICES = ("cpu", "cuda")
@@ -26,6 +27,7 @@ class Site:
         parameter: the weight's name in the module.
         module: its owner. shape: of the parameter as the model has it. dtype: of the parameter.
         reason: why it is left alone; empty while it is observed or quantized.
+        places: every module that owns the weight, with its name there; the first is `module` with `parameter`.
     """
 
     name: str
@@ -34,6 +36,10 @@ class Site:
     shape: tuple[int, ...]
     dtype: torch.dtype
     reason: str = ""
+    places: list[tuple[nn.Module, str]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.places = self.places or [(self.module, self.parameter)]
 
     @property
     def weight_name(self) -> str:
@@ -44,38 +50,53 @@ class Site:
 def find_sites(model: nn.Module, config: QuaffConfig, *, is_loading: bool = False) -> list[Site]:
     """Returns every matrix of the model that a linear could read, those to be left alone with their reason.
 
+    A weight is one site, however many names lead to its module and however many modules share it.
+
     Args:
         is_loading: the weights are still on the meta device: nothing is frozen, or lies where it will, yet.
 
     Raises:
         ConfigError: no frozen matrix is left to quantize, a pattern matches nothing, or the device is not supported.
     """
-    owners: dict[int, list[str]] = defaultdict(list)
-    for name, module in model.named_modules(remove_duplicate=False):
-        for parameter, weight in module._parameters.items():
+    of_adapters = adapters_own_parameters(model)
+    places: dict[int, list[tuple[nn.Module, str]]] = defaultdict(list)
+    names: dict[int, list[str]] = defaultdict(list)
+    for name, module in model.named_modules():
+        if isinstance(module, (LoadedWeight, QuantizedWeight)):
+            continue
+        int8 = states_of(module)
+        for parameter, weight in [*module._parameters.items(), *int8.items()]:
             if weight is not None:
-                owners[id(weight)].append(f"{_model_name(name)}.{parameter}" if name else parameter)
+                places[id(weight)].append((module, parameter))
+                names[id(weight)].append(_model_name(name))
 
     sites = []
-    for name, module in model.named_modules():
-        if isinstance(module, LoadedWeight):
-            continue
-        for parameter, weight in module._parameters.items():
-            if weight is None or weight.ndim < 2 or isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
-                continue
-            site = Site(_model_name(name), parameter, module, tuple(weight.shape), weight.dtype)
-            site.reason = _reason_left_alone(site, weight, owners[id(weight)], config, is_loading)
+    for key, owners in places.items():
+        module, parameter = owners[0]
+        int8_weight = states_of(module).get(parameter)
+        if isinstance(int8_weight, LoadedWeight):
+            n, k = int8_weight.w_int8.shape
+            shape = (n, k) if int8_weight.in_dim == 1 else (k, n)
+            site = Site(names[key][0], parameter, module, shape, int8_weight.dtype, places=owners)
+            site.reason = _reason_by_config(site, names[key], config)
             sites.append(site)
-        for parameter, weight_state in states_of(module).items():
-            if isinstance(weight_state, LoadedWeight):
-                n, k = weight_state.w_int8.shape
-                shape = (n, k) if weight_state.in_dim == 1 else (k, n)
-                site = Site(_model_name(name), parameter, module, shape, weight_state.dtype)
-                site.reason = _reason_by_config(site, config)
-                sites.append(site)
+            continue
+        weight = module._parameters[parameter]
+        if weight is None or weight.ndim < 2 or all(isinstance(owner, _TABLES) for owner, _ in owners):
+            continue
+        # What is said of a tied weight is said of the linear, not of the table.
+        first = next(index for index, (owner, _) in enumerate(owners) if not isinstance(owner, _TABLES))
+        module, parameter = owners[first]
+        site = Site(names[key][first], parameter, module, tuple(weight.shape), weight.dtype, places=owners)
+        is_own = id(weight) in of_adapters
+        site.reason = _reason_left_alone(site, weight, names[key], config, is_own, is_loading)
+        sites.append(site)
     config.check_patterns([site.name for site in sites])
     _check_something_is_left(sites)
     return sites
+
+
+_TABLES = (nn.Embedding, nn.EmbeddingBag)
 
 
 def _model_name(name: str) -> str:
@@ -94,27 +115,31 @@ def check_loaded(sites: list[Site]) -> None:
             )
 
 
-def _reason_by_config(site: Site, config: QuaffConfig) -> str:
-    if not any(matches(site.name, pattern) for pattern in config.include):
+def _reason_by_config(site: Site, names: list[str], config: QuaffConfig) -> str:
+    if not any(matches(name, pattern) for name in names for pattern in config.include):
         return "not included by the config"
-    if any(matches(site.name, pattern) for pattern in config.exclude):
+    if any(matches(name, pattern) for name in names for pattern in config.exclude):
         return "excluded by the config"
     return ""
 
 
 def _reason_left_alone(
-    site: Site, weight: nn.Parameter, names: list[str], config: QuaffConfig, is_loading: bool
+    site: Site, weight: nn.Parameter, names: list[str], config: QuaffConfig, is_own: bool, is_loading: bool
 ) -> str:
     if weight.requires_grad and not is_loading:
         return "weight is trainable"
+    if is_own:
+        return "belongs to an adapter"
     if weight.ndim != 2:
         return f"weight has {weight.ndim} dimensions, a linear's has 2"
-    if reason := _reason_by_config(site, config):
+    if reason := _reason_by_config(site, names, config):
         return reason
-    if isinstance(site.module, (nn.MultiheadAttention, nn.modules.linear.NonDynamicallyQuantizableLinear)):
+    owners = [module for module, _ in site.places]
+    if any(isinstance(m, (nn.MultiheadAttention, nn.modules.linear.NonDynamicallyQuantizableLinear)) for m in owners):
         return "inside nn.MultiheadAttention, which is traced as one operation"
-    if len(names) > 1:
-        return f"tied to {next(name for name in names if name != site.weight_name)}"
+    for (owner, parameter), name in zip(site.places, names, strict=True):
+        if isinstance(owner, _TABLES):
+            return f"tied to {name}.{parameter}"
     if weight.dtype not in DTYPES:
         return f"weight is {weight.dtype}, quantized are float32, bfloat16 and float16"
     if weight.device.type not in DEVICES and not is_loading:
@@ -157,14 +182,18 @@ def find_blocks(model: nn.Module, sites: list[Site]) -> list[nn.Module]:
 
     A decoder's layers, say. A block owns its sites through submodules, so a list of bare linears is none.
     """
-    owners = {id(site.module) for site in sites if not site.reason}
+    owners = {id(module) for site in sites if not site.reason for module, _ in site.places}
 
     def contains_sites(module: nn.Module) -> bool:
         return any(id(child) in owners for child in module.modules() if child is not module)
 
     blocks: list[nn.Module] = []
+    visited: set[int] = set()
 
     def visit(module: nn.Module) -> None:
+        if id(module) in visited:  # under another name
+            return
+        visited.add(id(module))
         children = list(module.children())
         found: list[nn.Module] = []
         if isinstance(module, (nn.ModuleList, nn.Sequential)):
@@ -173,18 +202,30 @@ def find_blocks(model: nn.Module, sites: list[Site]) -> list[nn.Module]:
                 if not isinstance(child, (nn.ModuleList, nn.ModuleDict)) and contains_sites(child):
                     by_class[type(child)].append(child)
             found = [child for same in by_class.values() if len(same) > 1 for child in same]
-            blocks.extend(found)
+            blocks.extend(child for child in found if id(child) not in visited)
+            visited.update(map(id, found))
         for child in children:
-            if not any(child is block for block in found):
-                visit(child)
+            visit(child)
 
     visit(model)
     return blocks
 
 
 def mark_outside(sites: list[Site], blocks: list[nn.Module]) -> None:
-    """Gives every site outside `blocks` its reason."""
+    """Gives every site outside `blocks`, or shared with something outside, its reason."""
     inside = {id(module) for block in blocks for module in block.modules()}
     for site in sites:
-        if not site.reason and id(site.module) not in inside:
+        if not site.reason and not all(id(module) in inside for module, _ in site.places):
             site.reason = "outside the repeated blocks (scope='blocks')"
+
+
+def callers_of(model: nn.Module, blocks: list[nn.Module]) -> list[nn.Module]:
+    """Returns the modules through which a forward reaches the blocks, the model first: all that hold a block."""
+    ids = {id(block) for block in blocks}
+
+    def holds_block(module: nn.Module) -> bool:
+        return any(id(child) in ids for child in module.modules() if child is not module)
+
+    inside = {id(module) for block in blocks for module in block.modules()}
+    others = [m for m in model.modules() if m is not model and id(m) not in inside and holds_block(m)]
+    return [model, *others]

@@ -16,17 +16,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quaff_fx import convert
+from quaff_fx import convert, state
 from quaff_fx.api import stages_of
 from quaff_fx.checkpoint import PathLike
 from quaff_fx.config import QuaffConfig
 from quaff_fx.convert import Choice, Plan
 from quaff_fx.errors import CheckpointError
+from quaff_fx.observe import Statistics, loaded_weight, site_tensor
 from quaff_fx.ops import STATIC_MOMENTUM
 from quaff_fx.saved_state import NUMBERS, OUTLIERS, STATISTICS, SavedState
 from quaff_fx.sites import Site
-from quaff_fx.stages import Stages
-from quaff_fx.state import LoadedWeight, ObservedWeight, OutlierState, QuantizedWeight
+from quaff_fx.stages import Calibration, Stages
+from quaff_fx.state import LoadedWeight, OutlierState, QuantizedWeight
 
 FILE = "quaff_state.safetensors"
 
@@ -99,10 +100,11 @@ def _path(folder_or_file: PathLike) -> Path:
 
 def _taken_from(model: nn.Module) -> SavedState:
     stages = stages_of(model)
+    stages.settle()
     tensors: dict[str, Tensor] = {}
     if stages.stage == "observe":
         _check_one_process()
-        sites = {site.weight_name: _statistics(site, tensors) for site in stages.active_sites()}
+        sites = {site.weight_name: _statistics(site, stages, tensors) for site in stages.active_sites()}
     else:
         groups: dict[int, int] = {}
         sites = {site.weight_name: _choice(site, groups, tensors) for site in stages.active_sites()}
@@ -113,6 +115,7 @@ def _taken_from(model: nn.Module) -> SavedState:
         sites=sites,
         left_alone={site.weight_name: site.reason for site in stages.sites if site.reason},
         tensors={name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()},
+        multiply_adds=dict(stages.calibration.multiply_adds),
     )
 
 
@@ -125,12 +128,12 @@ def _check_one_process() -> None:
         )
 
 
-def _statistics(site: Site, tensors: dict[str, Tensor]) -> dict[str, Any]:
+def _statistics(site: Site, stages: Stages, tensors: dict[str, Tensor]) -> dict[str, Any]:
     """What is saved of an observed site; puts its tensors into `tensors`."""
-    observer = convert.observed(site)
-    tensors |= {f"{site.weight_name}.{name}": getattr(observer, name) for name in STATISTICS}
-    numbers = {"in_dim_seen": int(observer.in_dim_seen), "steps": observer.steps}
-    return _form(site) | {"crc32": _checksum(convert.loaded(site) or convert.float_weight(site))} | numbers
+    seen = stages.calibration.statistics.get(site.weight_name) or Statistics.none(site)
+    tensors |= {f"{site.weight_name}.{name}": getattr(seen, name) for name in STATISTICS}
+    numbers = {"in_dim_seen": seen.in_dim, "steps": seen.steps}
+    return _form(site) | {"crc32": _checksum(loaded_weight(site) or convert.float_weight(site))} | numbers
 
 
 def _choice(site: Site, groups: dict[int, int], tensors: dict[str, Tensor]) -> dict[str, Any]:
@@ -144,8 +147,8 @@ def _choice(site: Site, groups: dict[int, int], tensors: dict[str, Tensor]) -> d
 
 def _form(site: Site) -> dict[str, Any]:
     """Shape and dtype of a site's weight, as far as it is a float parameter or stands for one."""
-    weight = convert.weight_state(site)
-    dtype = convert.float_weight(site).dtype if isinstance(weight, ObservedWeight) else weight.dtype
+    weight = state.states_of(site.module).get(site.parameter)
+    dtype = convert.float_weight(site).dtype if weight is None else weight.dtype
     return {"shape": list(site.shape), "dtype": str(dtype).removeprefix("torch.")}
 
 
@@ -171,32 +174,35 @@ def _plain(config: QuaffConfig) -> dict[str, Any]:
 
 def _bring_back(model: nn.Module, saved: SavedState) -> None:
     stages = stages_of(model)
+    stages.settle()
     _check_config(stages.config, saved)
     if saved.stage == "observe":
-        _bring_back_statistics(stages, saved)
-    elif stages.stage == "observe":
-        stages.convert(_plan(stages, saved))
+        stages.calibration = _calibration(stages, saved)
+        return
+    if stages.stage == "observe":
+        plan = _plan(stages, saved)
+        stages.calibration = Calibration(saved.steps, multiply_adds=saved.multiply_adds)
+        stages.convert(plan)
     else:
         _bring_back_smoothing_scales(stages, saved)
-    stages.steps = saved.steps
+        stages.calibration = Calibration(saved.steps, multiply_adds=saved.multiply_adds)
 
 
-def _bring_back_statistics(stages: Stages, saved: SavedState) -> None:
+def _calibration(stages: Stages, saved: SavedState) -> Calibration:
+    """Returns what the saved steps had seen."""
     if stages.stage != "observe":
         raise CheckpointError(
             "model: is int8 already, but the state was saved while it was observed in float, expected a model that is "
             "observed. Load the base model anew and compile it."
         )
-    sites = _matching_sites(stages, saved)
-    for site in sites:
-        _check_checksum(site, convert.loaded(site) or convert.float_weight(site), saved)
-    for site in sites:
-        entry, observer = saved.sites[site.weight_name], convert.observed(site)
-        observer.start_step()
-        for name in STATISTICS:
-            getattr(observer, name).copy_(saved.tensors[f"{site.weight_name}.{name}"])
-        observer.in_dim_seen.fill_(entry["in_dim_seen"])
-        observer.steps = entry["steps"]
+    statistics = {}
+    for site in _matching_sites(stages, saved):
+        name, device = site.weight_name, site_tensor(site).device
+        _check_checksum(site, loaded_weight(site) or convert.float_weight(site), saved)
+        tensors = {key: saved.tensors[f"{name}.{key}"].to(device, copy=True) for key in STATISTICS}
+        entry = saved.sites[name]
+        statistics[name] = Statistics(**tensors, in_dim=entry["in_dim_seen"], steps=entry["steps"])
+    return Calibration(saved.steps, statistics, saved.multiply_adds)
 
 
 def _plan(stages: Stages, saved: SavedState) -> Plan:
@@ -210,9 +216,9 @@ def _plan(stages: Stages, saved: SavedState) -> Plan:
             continue
         group = entry["outliers"]
         if group not in groups:
-            groups[group] = _outlier_state(saved, group, convert.observed(site).in_dim_seen.device, stages.config)
+            groups[group] = _outlier_state(saved, group, site_tensor(site).device, stages.config)
         choice = Choice(site, outliers=groups[group], **{name: entry[name] for name in NUMBERS})
-        if (int8 := convert.loaded(site)) is not None:
+        if (int8 := loaded_weight(site)) is not None:
             _check_checksum(site, int8, saved)
             plan.columns[site.weight_name] = int8.columns(choice.outliers.outlier_channels)
         else:

@@ -1,19 +1,22 @@
-"""What stands in the place of a frozen weight: loaded as int8 or observed, then quantized.
+"""What stands in the place of a frozen weight that is int8: loaded so, or quantized.
 
-A module that owns a frozen weight keeps its place in the model, its name and its class as a base class. Reading the
+A module that owns an int8 weight keeps its place in the model, its name and its class as a base class. Reading the
 weight calls the state's `read`, which emits a marker op with all the state as arguments (`docs/architecture.md`).
 One class per kind of base module is shared by all instances, so that layers share compiled graphs.
 """
 
 from __future__ import annotations
 
+import copy
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from quaff_fx import numerics, ops
+from quaff_fx import numerics
+from quaff_fx.errors import WeightError
 from quaff_fx.int8_weight import Int8Weight
 from quaff_fx.stored_tensor import StoredTensor
 
@@ -35,66 +38,8 @@ class _KeepsFloat32(nn.Module):
         return self
 
 
-class ObservedWeight(_KeepsFloat32):
-    """The statistics of the activation that a frozen weight multiplies; the float weight stays where it is.
-
-    Attributes:
-        step_absmax, step_count: what the current step saw per channel, written by the graph; sized for either
-            orientation of the weight.
-        in_dim_seen: which dimension of the weight the traced linears reduce over; -1 unseen, 2 not only linears.
-        hits: steps (or values) in which a channel was an outlier. absmax_sum: sum over steps of its absmax.
-        steps: number of steps folded in.
-    """
-
-    step_absmax: Tensor
-    step_count: Tensor
-    in_dim_seen: Tensor
-    hits: Tensor
-    absmax_sum: Tensor
-
-    def __init__(self, weight: Tensor, threshold: float) -> None:
-        super().__init__()
-        size = max(weight.shape)
-        for name in ("step_absmax", "step_count"):
-            self.register_buffer(name, torch.zeros(size, device=weight.device), persistent=False)
-        # No buffers: DDP would overwrite what a rank has counted by the counts of rank 0 before each forward.
-        self.hits, self.absmax_sum = torch.zeros(2, size, device=weight.device)
-        seen = torch.full((), ops.IN_DIM_UNSEEN, dtype=torch.int64, device=weight.device)
-        self.register_buffer("in_dim_seen", seen, persistent=False)
-        self.threshold = threshold
-        self.steps = 0
-
-    def read(self, weight: nn.Parameter) -> Tensor:
-        """Returns the weight: itself in eager code, a marker for the passes while being traced."""
-        if not torch.compiler.is_compiling():
-            return weight
-        marker: Tensor = torch.ops.quaff.observe_weight.default(
-            weight, self.step_absmax, self.step_count, self.in_dim_seen
-        )
-        return marker
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-        super()._apply(fn, recurse)
-        self.hits, self.absmax_sum = (tensor.to(self.step_absmax.device) for tensor in (self.hits, self.absmax_sum))
-        return self
-
-    def start_step(self) -> None:
-        """Forgets what a replayed or evaluated forward has written since the last step."""
-        self.step_absmax.zero_()
-        self.step_count.zero_()
-
-    def finish_step(self, outliers: int) -> None:
-        """Folds the step into the statistics; `outliers` channels count as hits when ranked by absmax."""
-        if self.threshold > 0:
-            self.hits += self.step_count
-        else:
-            self.hits += numerics.outlier_hits(self.step_absmax, outliers)
-        self.absmax_sum += self.step_absmax
-        self.steps += 1
-
-
 class LoadedWeight(_KeepsFloat32):
-    """A frozen weight that was made int8 while it was loaded: before and while its activation is observed.
+    """A frozen weight that was made int8 while it was loaded, until its outlier channels are known.
 
     Attributes:
         w_int8: (N, K) int8. w_scale: (N,) float32.
@@ -102,10 +47,7 @@ class LoadedWeight(_KeepsFloat32):
         rotation: the block B that `w_int8` is rotated with, along K (`numerics.rotate`).
         dtype: of the original parameter; follows `.to(dtype)`. loaded_dtype: what its values were rounded to.
         source: where its float columns can be read again.
-        observer: the statistics of its activation, None while nothing observes.
     """
-
-    observer: ObservedWeight | None
 
     def __init__(
         self,
@@ -123,25 +65,12 @@ class LoadedWeight(_KeepsFloat32):
         self.rotation = rotation
         self.dtype = self.loaded_dtype = dtype
         self.source = source
-        self.observer = None
 
-    def observe(self, threshold: float) -> None:
-        """Starts to keep the statistics of the activation, over columns of `w_int8`."""
-        self.observer = ObservedWeight(self.w_int8, threshold)
-
-    def read(self, _: object = None) -> Tensor:
-        """Returns the weight in the layout of the original parameter: an `Int8Weight` in eager code, a marker for the
-        passes while being traced; plain operations if nothing observes.
-        """
+    def read(self) -> Tensor:
+        """Returns the weight in the layout of the original parameter: an `Int8Weight`, plain operations while traced."""
         if not torch.compiler.is_compiling():
             return Int8Weight(self)
-        if self.observer is None:
-            weight = self.dequantized()
-        else:
-            seen = (self.observer.step_absmax, self.observer.step_count, self.observer.in_dim_seen)
-            weight = torch.ops.quaff.observe_int8_weight.default(
-                self.w_int8, self.w_scale, *seen, self.dtype, self.rotation
-            )
+        weight = self.dequantized()
         return weight.t() if self.in_dim == 0 else weight
 
     def dequantized(self) -> Tensor:
@@ -162,7 +91,7 @@ class LoadedWeight(_KeepsFloat32):
         return self.source.columns(channels, self.in_dim, self.loaded_dtype)
 
     def weight_bytes(self) -> int:
-        """Bytes of the weight itself, without the statistics."""
+        """Bytes of the weight and its scales."""
         return sum(tensor.numel() * tensor.element_size() for tensor in (self.w_int8, self.w_scale))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
@@ -250,8 +179,42 @@ class QuantizedWeight(_KeepsFloat32):
         self.activation_max = activation_max
         self.rotation = rotation
         self.dtype = dtype
+        self.remember_values()
 
-    def read(self, _: object = None) -> Tensor:
+    def remember_values(self) -> None:
+        """Takes the values as they are for the right ones, by which `reason_unusable` tells an edit later."""
+        self._versions = self._current_versions()
+        self._sums = self._current_sums()
+
+    def reason_unusable(self) -> str:
+        """Why the weight must not be multiplied: it was edited, or a part of it is to be trained; empty if neither.
+
+        An average of weights edits all parameters alike, and rounds int8 values towards zero while it does.
+        """
+        if self.w_scale.requires_grad or self.w_outlier.requires_grad:
+            return "is to be trained (requires_grad)"
+        if type(self.w_int8) is not nn.Parameter:  # sharded: one rank does not see its values
+            return ""
+        if self._versions != (versions := self._current_versions()):
+            if self._current_sums() != self._sums:
+                return "was edited in place"
+            self._versions = versions  # the same values were written: DDP does so, and loading a state
+        return ""
+
+    def _current_versions(self) -> tuple[int, ...]:
+        # An inference tensor has no version, and cannot be edited outside inference mode.
+        return tuple(t._version for t in (self.w_int8, self.w_scale, self.w_outlier) if not t.is_inference())
+
+    @torch.no_grad()
+    def _current_sums(self) -> list[int]:
+        parts = (self.w_int8, self.w_scale.view(torch.int32), self.w_outlier.view(torch.int16))
+        return [int(part.sum(dtype=torch.int64)) for part in parts]
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)  # type: ignore[no-untyped-call]
+        self.remember_values()
+
+    def read(self) -> Tensor:
         """Returns the weight in the layout of the original parameter: a marker while traced, else an `Int8Weight`."""
         if not torch.compiler.is_compiling():
             return Int8Weight(self)
@@ -295,62 +258,158 @@ class QuantizedWeight(_KeepsFloat32):
         return super()._apply(fn, recurse)
 
 
-WeightState = ObservedWeight | LoadedWeight | QuantizedWeight
+WeightState = LoadedWeight | QuantizedWeight
 
-_MARKED_CLASSES: dict[tuple[type[nn.Module], tuple[str, ...]], type[nn.Module]] = {}
+_CLASSES: dict[tuple[type[nn.Module], tuple[str, ...], bool], type[nn.Module]] = {}
+
+RUN = "_quaff_run"
+"""A block runs its forward through the function that it has under this name, ``(block, args, kwargs)``."""
 
 
-def _marked_class(base: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
-    """Returns the class of modules like `base` whose parameters `names` are read through their states."""
-    if (base, names) in _MARKED_CLASSES:
-        return _MARKED_CLASSES[base, names]
+def _class_of(base: type[nn.Module], names: tuple[str, ...], is_block: bool) -> type[nn.Module]:
+    """Returns the class of modules like `base` whose parameters `names` are int8, or that are compiled blocks."""
+    if (base, names, is_block) in _CLASSES:
+        return _CLASSES[base, names, is_block]
 
     def reader(name: str) -> property:
         def read(module: nn.Module) -> Tensor:
-            return module._modules[SLOT_PREFIX + name].read(module._parameters.get(name))  # type: ignore[union-attr,operator,no-any-return]
+            return module._modules[SLOT_PREFIX + name].read()  # type: ignore[union-attr,operator,no-any-return]
 
         return property(read)
 
     def reduce(module: nn.Module, protocol: object) -> tuple[Any, ...]:
-        return _rebuild, (base, names), module.__getstate__()  # type: ignore[no-untyped-call]
+        kept = {name: value for name, value in module.__getstate__().items() if name != RUN}  # type: ignore[no-untyped-call]
+        return _rebuild, (base, names, is_block), kept
 
-    body = {name: reader(name) for name in names} | {"__reduce_ex__": reduce, "__module__": __name__}
-    marked = type(f"Quaff{base.__name__}", (base,), {**body, "quaff_base": base, "quaff_names": names})
-    _MARKED_CLASSES[base, names] = marked
-    return marked
+    body: dict[str, Any] = {
+        **{name: reader(name) for name in names},
+        **{"quaff_base": base, "quaff_names": names, "quaff_is_block": is_block},
+        **{"__reduce_ex__": reduce, "__module__": __name__, "__doc__": base.__doc__},
+    }
+    if names:
+
+        def assign(module: nn.Module, name: str, value: object) -> None:
+            if name in names and not _is_own_weight(module, name, value):
+                raise WeightError(
+                    f"{name} of {base.__name__}: is int8, expected no other tensor in its place. Call "
+                    "quaff_fx.dequantize(model) first."
+                )
+            if name not in names:
+                base.__setattr__(module, name, value)
+
+        def load(module: nn.Module, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+            base._load_from_state_dict(module, state_dict, prefix, *rest)  # type: ignore[no-untyped-call]
+            for name in names:
+                if prefix + name in state_dict:
+                    rest[-1].append(  # the errors, which `load_state_dict` raises whatever ``strict`` says
+                        f"{prefix}{name}: is a float weight for one that is int8, expected the int8 one. Call "
+                        "quaff_fx.dequantize(model) before loading, or load before quaff_fx.compile."
+                    )
+
+        body |= {"__setattr__": assign, "_load_from_state_dict": load}
+    if is_block:
+        forward = base.forward
+
+        @functools.wraps(forward)
+        def run(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            through = module.__dict__.get(RUN)
+            return forward(module, *args, **kwargs) if through is None else through(module, args, kwargs)
+
+        # Looked at by name: accelerate's and FSDP's policies, the list of classes in a saved config.
+        body |= {"forward": run, "quaff_forward": forward, "__module__": base.__module__, "__qualname__": base.__qualname__}
+    made = type(base.__name__ if is_block else f"Quaff{base.__name__}", (base,), body)
+    _CLASSES[base, names, is_block] = made
+    return made
 
 
-def _rebuild(base: type[nn.Module], names: tuple[str, ...]) -> nn.Module:
-    cls = _marked_class(base, names)
+def _rebuild(base: type[nn.Module], names: tuple[str, ...], is_block: bool) -> nn.Module:
+    cls = _class_of(base, names, is_block)
     return cls.__new__(cls)
 
 
+def base_class(module: nn.Module) -> type[nn.Module]:
+    """Returns the class that a module had before this package gave it one."""
+    return getattr(type(module), "quaff_base", type(module))
+
+
+def _is_own_weight(module: nn.Module, name: str, value: object) -> bool:
+    """Tells whether `value` is what reading the weight gave: PEFT assigns it back when it unloads an adapter."""
+    return isinstance(value, Int8Weight) and value._state is module._modules[SLOT_PREFIX + name]
+
+
 def states_of(module: nn.Module) -> dict[str, WeightState]:
-    """Returns the state of each frozen weight that `module` owns, by parameter name."""
+    """Returns the state of each int8 weight that `module` owns, by parameter name."""
     names = getattr(type(module), "quaff_names", ())
     return {name: module._modules[SLOT_PREFIX + name] for name in names}  # type: ignore[misc]
 
 
-def attach(module: nn.Module, states: dict[str, WeightState]) -> None:
-    """Gives `module` exactly these states, by parameter name; an empty mapping gives it back its own class."""
-    base = getattr(type(module), "quaff_base", type(module))
-    for name in states_of(module):
-        if name not in states:
-            del module._modules[SLOT_PREFIX + name]
-    module.__class__ = _marked_class(base, tuple(sorted(states))) if states else base
-    for name, state in states.items():
-        module._modules[SLOT_PREFIX + name] = state.train(module.training)
-        if not isinstance(state, ObservedWeight):
+def _set_class(module: nn.Module, names: tuple[str, ...], is_block: bool) -> None:
+    base = base_class(module)
+    # Past `__setattr__` of the module's class, which may be anyone's.
+    object.__setattr__(module, "__class__", _class_of(base, names, is_block) if names or is_block else base)
+
+
+def set_block(module: nn.Module, is_block: bool) -> None:
+    """Makes `module` a block, whose forward runs through its `RUN`, or none any more."""
+    _set_class(module, getattr(type(module), "quaff_names", ()), is_block)
+
+
+def attach(module: nn.Module, states: dict[str, WeightState], **weights: nn.Parameter) -> None:
+    """Gives `module` exactly these states, by parameter name, and these float weights in the place of former ones.
+
+    Without a state it gets its own class back. Whatever interrupts it, the module is as it was or as it is to be.
+    """
+    cls, modules, parameters = type(module), dict(module._modules), dict(module._parameters)
+    try:
+        for name in states_of(module):
+            if name not in states:
+                del module._modules[SLOT_PREFIX + name]
+        _set_class(module, tuple(sorted(states)), getattr(cls, "quaff_is_block", False))
+        for name, state in states.items():
+            module._modules[SLOT_PREFIX + name] = state.train(module.training)
             module._parameters.pop(name, None)
+        module._parameters.update(weights)
+    except BaseException:
+        object.__setattr__(module, "__class__", cls)
+        for here, before in ((module._modules, modules), (module._parameters, parameters)):
+            here.clear()
+            here.update(before)  # type: ignore[arg-type]
+        raise
 
 
-def restore(module: nn.Module, name: str) -> None:
-    """Makes the weight `name` of `module` a plain float parameter again; dequantized if it was int8."""
-    states = states_of(module)
-    state = states.pop(name)
-    if not isinstance(state, ObservedWeight):
-        weight = state.dequantized() if state.in_dim == 1 else state.dequantized().t().contiguous()
-        attach(module, states)
-        module.register_parameter(name, nn.Parameter(weight, requires_grad=False))
-    else:
-        attach(module, states)
+def restore(places: list[tuple[nn.Module, str]]) -> None:
+    """Makes the int8 weight that these modules share one plain float parameter of all of them again, dequantized."""
+    int8 = [(module, name) for module, name in places if name in states_of(module)]
+    if not int8:
+        return
+    # An interrupted call has left a part of them in float.
+    plain = [weight for module, name in places if (weight := module._parameters.get(name)) is not None]
+    weight = plain[0] if plain else nn.Parameter(_float_weight(states_of(int8[0][0])[int8[0][1]]), requires_grad=False)
+    for module, name in int8:
+        states = states_of(module)
+        del states[name]
+        attach(module, states, **{name: weight})
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def _float_weight(state: WeightState) -> Tensor:
+    """Returns the dequantized weight in the layout of the original parameter."""
+    return state.dequantized() if state.in_dim == 1 else state.dequantized().t().contiguous()
+
+
+def int8_places(model: nn.Module) -> list[list[tuple[nn.Module, str]]]:
+    """Returns where the int8 weights of a model are: for each weight the modules that own it, with its name there."""
+    places: dict[int, list[tuple[nn.Module, str]]] = {}
+    for module in model.modules():
+        for name, state in states_of(module).items():
+            places.setdefault(id(state), []).append((module, name))
+    return list(places.values())
+
+
+def float_copy(module: nn.Module) -> nn.Module:
+    """Returns a copy of `module` in which no weight is int8."""
+    copied = copy.deepcopy(module)
+    for places in int8_places(copied):
+        restore(places)
+    return copied
