@@ -8,9 +8,10 @@ import os
 import re
 import sys
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import torch
@@ -76,7 +77,8 @@ def from_pretrained(
         raise ConfigError(f"dtype: is {dtype!r}, expected a floating torch.dtype or 'auto'. Choose one.")
 
     make = getattr(model_class, "from_config", None) or model_class._from_config
-    with init_empty_weights(include_buffers=False):
+    # Buffers are made here: real ones, that may take part in training, whatever this is called under.
+    with torch.inference_mode(False), torch.device("cpu"), init_empty_weights(include_buffers=False):
         is_auto = make is not getattr(model_class, "_from_config", None)
         model = make(model_config, dtype=dtype, **(remote if is_auto else {}), **unused)
     model.tie_weights()  # accelerate's parameters are new ones
@@ -103,10 +105,11 @@ def load_checkpoint(
         config: which weights become int8; `compile` uses it as well if it gets none.
         dtype: of the float weights; None: as they are stored.
 
+    Whatever ends the loading in the middle (an interrupt, no memory), the model is as it was, and can be filled again.
+
     Raises:
         ConfigError: the config is wrong, or no weight could be int8.
-        CheckpointError: a file is missing, truncated or of another kind, or names or shapes do not fit the model. The
-            model is left as it was, unless a file becomes unreadable in the middle of the loading.
+        CheckpointError: a file is missing, truncated or of another kind, or names or shapes do not fit the model.
     """
     _load(model, _files(files), _checked(config), dtype)
     return model
@@ -142,6 +145,7 @@ def _checked(config: QuaffConfig | Mapping[str, Any] | None) -> QuaffConfig:
     return config
 
 
+@torch.inference_mode(False)  # what is loaded may take part in training
 def _load(model: nn.Module, files: list[Path], config: QuaffConfig, dtype: torch.dtype | None) -> None:
     for name, module in model.named_modules():
         if state.states_of(module):
@@ -149,17 +153,38 @@ def _load(model: nn.Module, files: list[Path], config: QuaffConfig, dtype: torch
     targets = _plan(model, _stored(files))
     sites = find_sites(model, config, is_loading=True)
     for site in sites:
-        if not site.reason and _in_dim(site.module, site.parameter) is None:
+        if not site.reason and _in_dim(site) is None:
             site.reason = "its module is no linear"
     choose_blocks(model, sites, config)
-    chosen = {(id(site.module), site.parameter): site for site in sites if not site.reason}
-    with tqdm(targets, desc="quaff_fx: loading", disable=not config.progress, leave=False) as bar:
+    chosen = {(id(module), name): site for site in sites if not site.reason for module, name in site.places}
+    with _given_back(model), tqdm(targets, desc="quaff_fx: loading", disable=not config.progress, leave=False) as bar:
         for target in bar:
             module, name = target.places[0]
             chosen_site = chosen.get((id(module), name))
             if chosen_site is None or not _load_int8(chosen_site, target.stored, dtype, config):
                 _load_float(target, dtype)
-    setattr(model, CONFIG_ATTRIBUTE, config)
+        setattr(model, CONFIG_ATTRIBUTE, config)
+
+
+@contextmanager
+def _given_back(model: nn.Module) -> Iterator[None]:
+    """Makes a model what it was before if anything ends its loading: classes, parameters, buffers, submodules."""
+    before: list[tuple[nn.Module, type[nn.Module], list[tuple[dict[str, Any], dict[str, Any]]]]] = [
+        (module, type(module), [(d, dict(d)) for d in (module._parameters, module._buffers, module._modules)])
+        for module in model.modules()
+    ]
+    own = dict(vars(model))
+    try:
+        yield
+    except BaseException:
+        for module, kind, contents in before:
+            module.__class__ = kind
+            for owned, content in contents:
+                owned.clear()
+                owned.update(content)
+        vars(model).pop(CONFIG_ATTRIBUTE, None)
+        vars(model).update(own)
+        raise
 
 
 def _load_float(target: _Target, dtype: torch.dtype | None) -> None:
@@ -175,14 +200,15 @@ def _load_float(target: _Target, dtype: torch.dtype | None) -> None:
 
 def _load_int8(site: Site, stored: StoredTensor, dtype: torch.dtype | None, config: QuaffConfig) -> bool:
     """Gives the site its weight in int8, read in parts; False if it must stay in float: not finite or not floating."""
-    in_dim = _in_dim(site.module, site.parameter)
+    in_dim = _in_dim(site)
     assert in_dim is not None
     dtype = dtype or stored.dtype
     if not dtype.is_floating_point:
         return False
     shape = (stored.shape[1 - in_dim], stored.shape[in_dim])
     rotation = numerics.rotation_block(shape[1], config.largest_rotation)
-    w_int8, w_scale = torch.empty(shape, dtype=torch.int8), torch.empty(shape[0])
+    w_int8 = torch.empty(shape, dtype=torch.int8, device="cpu")
+    w_scale = torch.empty(shape[0], dtype=torch.float32, device="cpu")
     start = 0
     for rows in stored.rows(in_dim, dtype):
         part = slice(start, start + rows.shape[0])
@@ -191,16 +217,19 @@ def _load_int8(site: Site, stored: StoredTensor, dtype: torch.dtype | None, conf
     if not bool(torch.isfinite(w_scale).all()):
         return False
     loaded = LoadedWeight(w_int8, w_scale, in_dim, rotation, dtype, stored)
-    state.attach(site.module, state.states_of(site.module) | {site.parameter: loaded})
+    for module, name in site.places:
+        state.attach(module, state.states_of(module) | {name: loaded})
     return True
 
 
-def _in_dim(module: nn.Module, parameter: str) -> int | None:
-    """The dimension that a module's product with its weight reduces over; None if it is not known to be a linear."""
+def _in_dim(site: Site) -> int | None:
+    """The dimension that products with a weight reduce over; None unless linears of one layout are all that owns it."""
     conv1d = getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", ())
-    if parameter != "weight":
-        return None
-    return 1 if isinstance(module, nn.Linear) else 0 if isinstance(module, conv1d) else None
+    layouts = {
+        None if name != "weight" else 1 if isinstance(module, nn.Linear) else 0 if isinstance(module, conv1d) else None
+        for module, name in site.places
+    }
+    return layouts.pop() if len(layouts) == 1 else None
 
 
 def _plan(model: nn.Module, stored: dict[str, StoredTensor]) -> list[_Target]:
@@ -208,7 +237,7 @@ def _plan(model: nn.Module, stored: dict[str, StoredTensor]) -> list[_Target]:
     places: dict[int, list[tuple[nn.Module, str]]] = defaultdict(list)
     names: dict[int, list[str]] = defaultdict(list)
     tensors: dict[int, Tensor] = {}
-    for prefix, module in model.named_modules():
+    for prefix, module in model.named_modules(remove_duplicate=False):  # files may have any name of a module
         owned = [*module._parameters.items()]
         owned += [(n, b) for n, b in module._buffers.items() if n not in module._non_persistent_buffers_set]
         for name, tensor in owned:
@@ -241,6 +270,11 @@ def _plan(model: nn.Module, stored: dict[str, StoredTensor]) -> list[_Target]:
                 raise CheckpointError(
                     f"{name}: has shape {stored[name].shape} in the files, expected {tuple(tensor.shape)}. "
                     "Use the config that the checkpoint was saved with."
+                )
+            if stored[name].dtype.is_floating_point != tensor.is_floating_point():
+                raise CheckpointError(
+                    f"{name}: is stored as {stored[name].dtype}, expected {tensor.dtype} or alike. Use a checkpoint "
+                    "that is not quantized, and is of this model."
                 )
         for name in found[1:]:
             if not torch.equal(stored[found[0]].read(), stored[name].read()):
@@ -284,7 +318,7 @@ def _files(files: PathLike | Iterable[PathLike]) -> list[Path]:
     else:
         paths = [Path(files)]
     for path in paths:
-        if not path.is_file():
+        if not _is_file(path):
             raise CheckpointError(f"{path}: is no file, expected a safetensors file or a folder. Correct the path.")
         if path.suffix != ".safetensors":
             raise CheckpointError(f"{path}: is no safetensors file, expected one. {_CONVERT}")
@@ -297,27 +331,74 @@ _CONVERT = "Load it with transformers and save it with save_pretrained, which wr
 
 
 def _files_of_folder(folder: Path) -> list[Path]:
-    if (folder / SINGLE).is_file():
-        return [folder / SINGLE]
-    if (folder / INDEX).is_file():
-        return _shards(folder / INDEX)
+    single, index = folder / SINGLE, folder / INDEX
+    if _is_file(single) and _is_file(index):
+        return [_checked_single(single, index)]
+    if _is_file(single):
+        return [single]
+    if _is_file(index):
+        return _shards(index)
     others = sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".gguf"))
     is_other = f"has {others[0]} but no safetensors file" if others else "has no safetensors file"
     raise CheckpointError(f"{folder}: {is_other}, expected {SINGLE} or {INDEX}. {_CONVERT}")
 
 
+def _checked_single(single: Path, index: Path) -> Path:
+    """`single`, which is read where both are there, as transformers does; refused if the index knows of more."""
+    stored = stored_tensors(single)
+    lacking = [name for name in _weight_map(index) if name not in stored]
+    if lacking:
+        raise CheckpointError(
+            f"{single}: lacks {lacking[0]}{_and_more(lacking)} of {index.name} beside it, expected one checkpoint in a "
+            "folder. Remove the one that is not meant."
+        )
+    return single
+
+
 def _shards(index: Path) -> list[Path]:
+    """The files of an index; raises `CheckpointError` unless each holds what the index says of it."""
+    weight_map = _weight_map(index)
+    shards = sorted({index.parent / name for name in weight_map.values()})
+    for shard in shards:
+        if not _is_file(shard):
+            raise CheckpointError(f"{shard}: is missing, expected every file of {index.name}. Fetch it.")
+    stored = {shard: stored_tensors(shard) for shard in shards}
+    for name, file in weight_map.items():
+        if name not in stored[index.parent / file]:
+            raise CheckpointError(
+                f"{name}: is not in {index.parent / file}, expected it there: {index.name} says so. Fetch or save the "
+                "checkpoint again."
+            )
+    return shards
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """Which file holds which tensor, by its path below the folder of the index."""
     try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        content = json.loads(index.read_text(encoding="utf-8"))
+        weight_map = content["weight_map"]
+        files = set(weight_map.values())
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(
             f"{index}: cannot be read ({error}), expected JSON with a weight_map. Fetch or save the checkpoint again."
         ) from error
-    shards = [index.parent / name for name in names]
-    for shard in shards:
-        if not shard.is_file():
-            raise CheckpointError(f"{shard}: is missing, expected every file of {index.name}. Fetch it.")
-    return shards
+    if not files:
+        raise CheckpointError(f"{index}: names no tensors, expected some. Fetch or save the checkpoint again.")
+    for file in files:
+        path = PurePath(file) if isinstance(file, str) else PurePath()
+        if path.suffix != ".safetensors" or path.is_absolute() or path.drive or ".." in path.parts:
+            raise CheckpointError(
+                f"{index}: names {file!r:.200}, expected safetensors files below its folder. Correct the weight_map."
+            )
+    return dict(weight_map)
+
+
+def _is_file(path: Path) -> bool:
+    """As `Path.is_file`, False as well for what can be no name of a file."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
 
 
 def _resolved_files(folder_or_id: PathLike, hub: dict[str, Any]) -> list[Path]:
@@ -330,8 +411,8 @@ def _resolved_files(folder_or_id: PathLike, hub: dict[str, Any]) -> list[Path]:
     if (single := transformers_hub.cached_file(folder_or_id, SINGLE, **optional, **hub)) is not None:
         return [Path(single)]
     if (index := transformers_hub.cached_file(folder_or_id, INDEX, **optional, **hub)) is not None:
-        shards, _ = transformers_hub.get_checkpoint_shard_files(folder_or_id, index, **hub)  # type: ignore[no-untyped-call]
-        return [Path(shard) for shard in shards]
+        transformers_hub.cached_files(folder_or_id, sorted(set(_weight_map(Path(index)).values())), **hub)
+        return _shards(Path(index))  # fetched, and in one folder with it
     raise CheckpointError(f"{folder_or_id}: has no safetensors file, expected {SINGLE} or {INDEX}. {_CONVERT}")
 
 

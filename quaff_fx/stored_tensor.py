@@ -16,6 +16,9 @@ from quaff_fx.errors import CheckpointError
 CHUNK_BYTES = 2**24
 """A matrix is read in parts of about this size, so that no float copy of a whole one is ever needed."""
 
+READING_ERRORS = (OSError, SafetensorError, TypeError, ValueError, RuntimeError, OverflowError)
+"""What safetensors raises if it cannot read a file, and torch if a header has sizes that no tensor can have."""
+
 
 @dataclass(frozen=True)
 class StoredTensor:
@@ -40,12 +43,12 @@ class StoredTensor:
         except OSError as error:
             raise CheckpointError(
                 f"{self.path}: cannot be read any more ({error.strerror}), expected the file that {self.name} was "
-                "loaded from: float columns are read at conversion. Put it back where it was."
+                "read from: it is read again. Put it back where it was."
             ) from error
         if (found.st_size, found.st_mtime_ns) != (self.size, self.modified):
             raise CheckpointError(
-                f"{self.path}: has changed since {self.name} was loaded from it, expected the same file: float columns "
-                "are read at conversion. Put the old file back, or load the model anew."
+                f"{self.path}: has changed since {self.name} was read from it, expected the same file: it is read "
+                "again. Put the old file back, or begin anew."
             )
 
     def read(self, dtype: torch.dtype | None = None) -> Tensor:
@@ -57,9 +60,9 @@ class StoredTensor:
             CheckpointError: the file cannot be read.
         """
         try:
-            with safe_open(self.path, framework="pt") as file:
+            with torch.device("cpu"), safe_open(self.path, framework="pt") as file:
                 tensor: Tensor = file.get_tensor(self.name)
-        except (OSError, SafetensorError) as error:
+        except READING_ERRORS as error:
             raise unreadable(self.path, error) from error
         return tensor.to(dtype if tensor.is_floating_point() else None, copy=True)
 
@@ -81,8 +84,10 @@ class StoredTensor:
                 stored = file.get_slice(self.name)
                 for start in range(0, out_features, count):
                     part = slice(start, min(start + count, out_features))
-                    yield (stored[part] if in_dim == 1 else stored[:, part].t()).to(dtype)
-        except (OSError, SafetensorError) as error:
+                    with torch.device("cpu"):  # safetensors gives a part on the default device
+                        rows = stored[part] if in_dim == 1 else stored[:, part].t()
+                    yield rows.to(dtype)
+        except READING_ERRORS as error:
             raise unreadable(self.path, error) from error
 
     def columns(self, channels: Tensor, in_dim: int, dtype: torch.dtype) -> Tensor:
@@ -106,9 +111,9 @@ def stored_tensors(path: Path) -> dict[str, StoredTensor]:
     """
     try:
         found = path.stat()  # before it is opened: a change in between is then noticed
-        with safe_open(str(path), framework="pt") as file:
+        with torch.device("cpu"), safe_open(str(path), framework="pt") as file:
             forms = {name: _form(file.get_slice(name)) for name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
+    except READING_ERRORS as error:
         raise unreadable(str(path), error) from error
     return {
         name: StoredTensor(str(path.absolute()), name, *form, found.st_size, found.st_mtime_ns)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import os
 import pickle
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -22,6 +24,7 @@ from quaff_fx import state, stored_tensor
 from quaff_fx.errors import CheckpointError, ConfigError
 from quaff_fx.state import LoadedWeight, QuantizedWeight
 from quaff_fx.stored_tensor import StoredTensor
+from tests.interrupted_lines import interrupted_at
 from tests.models import Run, cosine, float_llama, token_ids, with_lora
 
 QUIET = {"progress": False, "calibration_steps": 2, "outlier_budget": 0.04}
@@ -221,6 +224,163 @@ def test_no_float_matrix_of_a_block_is_ever_in_memory_as_a_whole(tmp_path, monke
     whole.clear()
     converted(model, torch.zeros(1, 8, dtype=torch.int64))
     assert whole == [], "a conversion reads in parts as well"
+
+
+def two_blocks() -> nn.Module:
+    torch.manual_seed(0)
+    blocks = [nn.Sequential(nn.Linear(12, 8), nn.Linear(8, 12)) for _ in range(2)]
+    return nn.Sequential(nn.ModuleList(blocks), nn.BatchNorm1d(12))
+
+
+def meta_blocks() -> nn.Module:
+    with torch.device("meta"):
+        model = two_blocks()
+    model[1].to_empty(device="cpu")
+    return model
+
+
+def contents(model: nn.Module) -> list[tuple]:
+    """Every module of a model with its class and the very objects that it owns, in order, kept alive."""
+    return [
+        (name, type(module), module, *(list(d.items()) for d in (module._parameters, module._buffers, module._modules)))
+        for name, module in model.named_modules()
+    ]
+
+
+def assert_is(model: nn.Module, before: list[tuple]) -> None:
+    def ids(found: list[tuple]) -> list[tuple]:
+        return pytree.tree_map(lambda each: each if isinstance(each, (str, type)) else id(each), found)
+
+    assert ids(contents(model)) == ids(before)
+    assert not hasattr(model, "_quaff_config")
+
+
+def assert_same_state(model: nn.Module, other: nn.Module) -> None:
+    expected, actual = other.state_dict(), model.state_dict()
+    assert actual.keys() == expected.keys()
+    for name, value in actual.items():
+        assert (value.dtype, value.device) == (expected[name].dtype, expected[name].device), name
+        assert torch.equal(value, expected[name]), name
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_an_interrupted_loading_gives_the_model_back(tmp_path):
+    save_file(two_blocks().state_dict(), tmp_path / "model.safetensors")
+    expected, model = (meta_blocks() for _ in range(2))
+    files = (quaff_fx.checkpoint, stored_tensor, state)
+    lines = interrupted_at(partial(quaff_fx.load_checkpoint, expected, tmp_path, QUIET), None, files)
+    before = contents(model)
+    interrupted = 0
+    for number in range(0, lines, 5):
+        try:
+            interrupted_at(partial(quaff_fx.load_checkpoint, model, tmp_path, QUIET), number, files)
+        except KeyboardInterrupt:
+            interrupted += 1
+            if not hasattr(model, "_quaff_config"):
+                assert_is(model, before)
+                continue
+        # It came after the last step, or was ignored where a generator was let go.
+        assert_same_state(model, expected)
+        model = meta_blocks()
+        before = contents(model)
+    assert interrupted > 100
+    assert_same_state(quaff_fx.load_checkpoint(model, tmp_path, QUIET), expected)
+
+
+def no_memory(*_):
+    raise MemoryError
+
+
+def unreadable(*_):
+    raise CheckpointError("model.safetensors: cannot be read")
+
+
+@pytest.mark.parametrize("fails", [no_memory, unreadable])
+def test_a_loading_that_fails_in_the_middle_gives_the_model_back(tmp_path, monkeypatch, fails):
+    save_file(two_blocks().state_dict(), tmp_path / "model.safetensors")
+    model = meta_blocks()
+    before, rows, count = contents(model), StoredTensor.rows, iter(range(99))
+    with monkeypatch.context() as patch:
+        patch.setattr(StoredTensor, "rows", lambda *args: rows(*args) if next(count) < 3 else fails())
+        with pytest.raises((MemoryError, CheckpointError)):
+            quaff_fx.load_checkpoint(model, tmp_path, QUIET)
+    assert_is(model, before)
+    assert_same_state(
+        quaff_fx.load_checkpoint(model, tmp_path, QUIET), quaff_fx.load_checkpoint(meta_blocks(), tmp_path, QUIET)
+    )
+
+
+@contextlib.contextmanager
+def default(dtype=torch.float32, device=None, is_inference=False):
+    torch.set_default_dtype(dtype)
+    torch.set_default_device(device)
+    try:
+        with torch.inference_mode(is_inference):
+            yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
+
+
+DEFAULTS = [
+    *({"dtype": dtype} for dtype in (torch.bfloat16, torch.float16, torch.float64)),
+    {"device": "meta"},
+    {"is_inference": True},
+]
+
+
+@pytest.mark.parametrize("options", DEFAULTS, ids=str)
+def test_whatever_the_defaults_are_the_same_is_loaded(tmp_path, options):
+    save_file(two_blocks().state_dict(), tmp_path / "model.safetensors")
+    saved(tmp_path / "llama")
+    model = meta_blocks()
+    with default(**options):
+        quaff_fx.load_checkpoint(model, tmp_path, QUIET)
+        llama = loaded_llama(tmp_path / "llama")
+    assert_same_state(model, quaff_fx.load_checkpoint(meta_blocks(), tmp_path, QUIET))
+    expected = loaded_llama(tmp_path / "llama")
+    assert_same_state(llama, expected)
+    assert_same_buffers(llama, expected)
+    for each in (model, llama):
+        for weight in states(each, LoadedWeight).values():
+            assert (weight.w_scale.dtype, weight.w_scale.device.type) == (torch.float32, "cpu")
+        assert not any(tensor.is_inference() for tensor in [*each.parameters(), *each.buffers()])
+
+
+class Shared(nn.Module):
+    """Two blocks that share a weight, in two modules, and a module that has two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(12, 12), nn.Linear(12, 12)) for _ in range(2))
+        self.blocks[1][0].weight = self.blocks[0][0].weight
+        self.alias = self.blocks[0][1]
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(x)
+        return self.alias(x)
+
+
+@pytest.mark.parametrize("name", ["alias", "blocks.0.1"])
+def test_a_weight_of_several_modules_is_loaded_once_and_is_at_every_place(tmp_path, name):
+    torch.manual_seed(0)
+    original = Shared()
+    tensors = {key: value.clone() for key, value in original.state_dict().items() if not key.startswith("alias")}
+    if name == "alias":  # files have one of the names of a module
+        tensors = {key.replace("blocks.0.1", "alias"): value for key, value in tensors.items()}
+    del tensors["blocks.1.0.weight"]
+    save_file(tensors, tmp_path / "model.safetensors")
+    with torch.device("meta"):
+        model = Shared()
+    quaff_fx.load_checkpoint(model, tmp_path, QUIET)
+    first, second = model.blocks
+    assert state.states_of(first[0])["weight"] is state.states_of(second[0])["weight"]
+    assert model.alias is first[1]
+    assert len({id(module) for module in model.modules() if isinstance(module, LoadedWeight)}) == 3
+    x = torch.randn(3, 12)
+    torch.testing.assert_close(model(x), original(x), rtol=0.05, atol=0.05)
 
 
 # --- training ----------------------------------------------------------------------------------------------------
@@ -446,6 +606,7 @@ BAD = {
         lambda t: t.update({"model.layers.2.mlp.up_proj.weight": t[UP].clone()}),
         r"layers\.2\.mlp\.up_proj\.weight: is in the files but not in the model \(near: ",
     ),
+    "integers": (lambda t: t.update({UP: t[UP].int()}), rf"{UP}: is stored as torch.int32, expected torch.float32"),
     "shape": (
         lambda t: t.update({UP: t[UP][:5].clone()}),
         rf"{UP}: has shape \(5, 48\) in the files, expected \(96, 48\)",
