@@ -6,18 +6,18 @@ the stored weight.
 
 from __future__ import annotations
 
+import contextlib
 import copy
-import os
+import secrets
 import shutil
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -45,8 +45,9 @@ def merge_into_checkpoint(
     The int8 weights of `model` are not used: what is merged into is what was stored, so nothing of the quantization is
     left in the result. Each tensor keeps its name, shard and dtype, and is what PEFT's ``merge_and_unload`` gives on
     the model in that dtype. Embeddings, heads, biases and norms that were trained are written as the model holds them.
-    The files beside the weights (config, tokenizer) are copied. Never more than one shard is in memory. `output`
-    appears when it is complete, or not at all; `model` stays as it is.
+    The files beside the weights (config, tokenizer) are copied, also from folders without weights of their own. Never
+    more than one shard is in memory. `output` appears when it is complete, which is read again, or not at all; `model`
+    stays as it is.
 
     Args:
         model: with adapters of PEFT, quantized or not, made from the checkpoint in `source`.
@@ -62,42 +63,46 @@ def merge_into_checkpoint(
     """
     source, output = Path(source), Path(output)
     files = checkpoint._files(source)
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise CheckpointError(f"{output}: exists, expected a new or an empty folder. Choose another one.")
-    stored = checkpoint._stored(files)
-    base = _base_model(model)
-    parts = _parts(base)
-    _check_adapters(parts, adapter_names)
-    owners = _owners(base, parts, stored, source)
-    is_changed = False
+    if not source.is_dir():
+        raise CheckpointError(f"{source}: is a file, expected the folder of a checkpoint. Pass the folder it lies in.")
     try:
-        with _new_folder(output) as folder, tqdm(total=len(stored), disable=not progress, leave=False) as bar:
-            bar.set_description("quaff_fx: merging")
-            merged: dict[str, Tensor] = {}  # what belongs to a module of an earlier shard
-            done: set[int] = set()
-            for file in files:
-                tensors = {}
-                for name, tensor in stored_tensors(file).items():
-                    part = owners.get(name)
-                    if part is not None and id(part) not in done:
-                        merged |= _merged(part, adapter_names)
-                        done.add(id(part))
-                    is_changed |= name in merged
-                    tensors[name] = merged.pop(name) if name in merged else tensor.read()
-                    bar.update()
-                _save(tensors, file, folder)
-                del tensors
-            if not is_changed:
-                raise WeightError(
-                    "model: holds nothing that the checkpoint does not, expected adapters or weights that were "
-                    "trained. There is nothing to merge."
-                )
-            _copy_other_files(source, folder)
-    except OSError as error:
+        if output.exists() and (not output.is_dir() or any(output.iterdir())):
+            raise CheckpointError(f"{output}: exists, expected a new or an empty folder. Choose another one.")
+        stored = checkpoint._stored(files)
+        base = _base_model(model)
+        parts = _parts(base)
+        _check_adapters(parts, adapter_names)
+        owners = _owners(base, parts, stored, source)
+
+        def write(folder: Path) -> None:
+            _write_merged(files, source, folder, owners, adapter_names, progress)
+            _copy_other_files(source, folder, files)
+            _check_written(files, source, folder, stored)
+
+        _make_folder(output, write)
+    except (OSError, SafetensorError) as error:
         raise CheckpointError(
             f"{output}: cannot be written ({error}), expected room for a copy of {source}. Nothing was left there."
         ) from error
     return output
+
+
+def _make_folder(output: Path, write: Callable[[Path], None]) -> None:
+    """Makes a folder that holds what `write` puts into it; it appears at the end, or with any error not at all."""
+    target = output.resolve()  # an empty folder may be there as a link
+    missing_parents = [parent for parent in target.parents if not parent.exists()]
+    # Beside the output, so that it becomes it at once, under a name that nobody else has.
+    folder = target.with_name(f".{target.name}.{secrets.token_hex(8)}")
+    try:
+        folder.mkdir(parents=True)
+        write(folder)
+        folder.replace(target)
+    except BaseException:  # an interrupt as well
+        shutil.rmtree(folder, ignore_errors=True)
+        for parent in missing_parents:
+            with contextlib.suppress(OSError):  # someone has put something there
+                parent.rmdir()
+        raise
 
 
 @dataclass
@@ -355,31 +360,86 @@ def _float_module(base: nn.Module, values: dict[str, Tensor]) -> nn.Module:
     return module
 
 
-def _save(tensors: dict[str, Tensor], source: Path, folder: Path) -> None:
-    """Writes one shard under the name and with the metadata of its source."""
-    with safe_open(str(source), framework="pt") as opened:
-        metadata = opened.metadata()
-    save_file(tensors, folder / source.name, metadata={"format": "pt"} | (metadata or {}))
+def _write_merged(
+    files: list[Path],
+    source: Path,
+    folder: Path,
+    owners: dict[str, _Part],
+    adapter_names: list[str] | None,
+    progress: bool,
+) -> None:
+    """Writes every shard to where it lies below `source`; raises `WeightError` if none differs from the stored one."""
+    is_changed = False
+    merged: dict[str, Tensor] = {}  # also what belongs to a module of an earlier shard
+    done: set[int] = set()
+    with tqdm(files, desc="quaff_fx: merging", disable=not progress, leave=False) as bar:
+        for file in bar:
+            tensors = {}
+            for name, tensor in stored_tensors(file).items():
+                part = owners.get(name)
+                if part is not None and id(part) not in done:
+                    merged |= _merged(part, adapter_names)
+                    done.add(id(part))
+                is_changed |= name in merged
+                tensors[name] = merged.pop(name) if name in merged else tensor.read()
+            with safe_open(str(file), framework="pt") as opened:
+                metadata = {"format": "pt"} | (opened.metadata() or {})
+            target = folder / file.relative_to(source)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            save_file(tensors, target, metadata=metadata)
+            del tensors
+    assert not merged
+    if not is_changed:
+        raise WeightError(
+            "model: holds nothing that the checkpoint does not, expected adapters or weights that were trained. There "
+            "is nothing to merge."
+        )
 
 
-@contextmanager
-def _new_folder(output: Path) -> Iterator[Path]:
-    """Gives a folder beside `output` that becomes it at the end, or vanishes with an error."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    folder = output.parent / f".{output.name}.{os.getpid()}"
-    folder.mkdir()
-    try:
-        yield folder
-        folder.replace(output)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
+def _check_written(files: list[Path], source: Path, folder: Path, stored: dict[str, StoredTensor]) -> None:
+    """Raises `CheckpointError` unless the files in `folder` hold each tensor where, and in the form that, it had.
+
+    Two shards may have become one, in a file system that does not tell upper from lower case, say.
+    """
+    for file in files:
+        there = stored_tensors(folder / file.relative_to(source))
+        for name, tensor in stored.items():
+            if tensor.path != str(file.absolute()):
+                continue
+            tensor.check_unchanged()
+            found = there.get(name)
+            if found is None or (found.shape, found.dtype) != (tensor.shape, tensor.dtype):
+                raise CheckpointError(
+                    f"{name}: {'is missing' if found is None else f'is {found.dtype} of shape {found.shape}'} in the "
+                    f"copy of {file}, expected {tensor.dtype} of shape {tensor.shape}. Nothing was left of the copy; "
+                    "write it to another file system."
+                )
 
 
-def _copy_other_files(source: Path, folder: Path) -> None:
-    """Copies config, tokenizer and the like; no other weights, and no config of an adapter, which would be loaded."""
-    index = None if (source / checkpoint.SINGLE).is_file() else checkpoint.INDEX
-    for path in sorted(source.iterdir()):
-        is_weight = path.suffix in _WEIGHT_FILES or (path.name.endswith(".index.json") and path.name != index)
-        if path.is_file() and not is_weight and not path.name.startswith(".") and path.name != "adapter_config.json":
-            shutil.copyfile(path, folder / path.name)
+def _copy_other_files(source: Path, folder: Path, files: list[Path]) -> None:
+    """Copies config, tokenizer and the like, those in folders as well unless these hold weights of their own.
+
+    No other weights, no index of others, and no config of an adapter, which would be loaded.
+    """
+    index = None if (source / checkpoint.SINGLE).is_file() else source / checkpoint.INDEX
+    shards = set(files)
+
+    def is_weight(path: Path) -> bool:
+        return path.suffix in _WEIGHT_FILES and path.is_file()
+
+    def copy_folder(here: Path) -> None:
+        for path in sorted(here.iterdir()):
+            if path.name.startswith("."):
+                continue
+            if path.is_dir() and not path.is_symlink():
+                # Else it is another model: a checkpoint of the training, what was merged before.
+                if all(below in shards for below in path.rglob("*") if is_weight(below)):
+                    copy_folder(path)
+                continue
+            is_index = path.name.endswith(".index.json") and path != index
+            if path.is_file() and not is_weight(path) and not is_index and path.name != "adapter_config.json":
+                target = folder / path.relative_to(source)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(path, target)
+
+    copy_folder(source)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import json
+import resource
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -20,13 +21,15 @@ from torch.distributed.fsdp import fully_shard
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
 import quaff_fx
-from quaff_fx import merging
+from quaff_fx import checkpoint, merging, stored_tensor
 from quaff_fx.errors import CheckpointError, WeightError
+from tests.interrupted_lines import interrupted_at
 from tests.models import VOCABULARY, float_llama, token_ids
 
 pytestmark = pytest.mark.compile
 
 QUIET = {"progress": False, "calibration_steps": 1, "activation_bits": 8, "outlier_budget": 0.04}
+FILES = (merging, checkpoint, stored_tensor)
 PROJECTIONS = ["q_proj", "down_proj"]
 FEEDFORWARD = {"target_modules": ["k_proj", "down_proj"], "feedforward_modules": ["down_proj"]}
 
@@ -187,6 +190,263 @@ class TestIntoTheCheckpoint:
         assert max(written) <= 60_000
         total = json.loads((source / "model.safetensors.index.json").read_text())["metadata"]["total_size"]
         assert sum(written) == total
+
+
+def two_layers(scale: float = 1.0) -> nn.Sequential:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    net.requires_grad_(False)
+    for parameter in net.parameters():
+        parameter.mul_(scale)
+    return net
+
+
+def with_two_adapters() -> nn.Module:
+    torch.manual_seed(1)
+    return get_peft_model(two_layers(), LoraConfig(r=2, target_modules=["0", "1"], init_lora_weights=False))
+
+
+def sharded(folder: Path, files: dict[str, str], index: dict[str, str] | None = None) -> Path:
+    """A checkpoint of `two_layers`, its first and second layer in the files of these names; `index`: what it says."""
+    tensors = two_layers().state_dict()
+    for layer, file in files.items():
+        path = folder / file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        old = load_file(path) if path.exists() else {}
+        save_file(old | {name: value for name, value in tensors.items() if name[0] == layer}, path)
+    weight_map = {name: (index or files)[name[0]] for name in tensors}
+    content = {"metadata": {"total_size": 576}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(content))
+    return folder
+
+
+def merged_weights() -> dict[str, torch.Tensor]:
+    return with_two_adapters().merge_and_unload().state_dict()
+
+
+class TestShards:
+    """Every tensor is written, where it was, whatever the shards are called."""
+
+    def assert_merged(self, source: Path, output: Path) -> None:
+        assert quaff_fx.merge_into_checkpoint(with_two_adapters(), source, output, progress=False) == output
+        expected = merged_weights()
+        written = {path.relative_to(output): load_file(path) for path in output.rglob("*.safetensors")}
+        found = [name for tensors in written.values() for name in tensors]
+        assert sorted(found) == sorted(expected)
+        for path, tensors in written.items():
+            assert tensors.keys() == load_file(source / path).keys()
+            for name, value in tensors.items():
+                torch.testing.assert_close(value, expected[name], rtol=0, atol=1e-6)
+
+    @pytest.mark.parametrize(
+        "files",
+        [
+            {"0": "a/w.safetensors", "1": "b/w.safetensors"},
+            {"0": "w.safetensors", "1": "a/w.safetensors"},
+            {"0": "W.safetensors", "1": "w.safetensors"},
+            {"0": "./w.safetensors", "1": "a//b/w.safetensors"},
+            {"0": "one.safetensors", "1": "./one.safetensors"},
+            {"0": "a b/ü.safetensors", "1": ".hidden.safetensors"},
+        ],
+        ids=str,
+    )
+    def test_of_any_names(self, tmp_path, files):
+        source = sharded(tmp_path / "source", files)
+        self.assert_merged(source, tmp_path / "output")
+        index = "model.safetensors.index.json"
+        assert (tmp_path / "output" / index).read_bytes() == (source / index).read_bytes()
+
+    def test_of_a_hub_cache_whose_files_are_links(self, tmp_path):
+        blobs = sharded(tmp_path / "blobs", {"0": "a/w.safetensors", "1": "b/w.safetensors"})
+        snapshot = tmp_path / "snapshots" / "main"
+        for path in [path for path in blobs.rglob("*") if path.is_file()]:
+            link = snapshot / path.relative_to(blobs)
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(path)
+        self.assert_merged(snapshot, tmp_path / "output")
+        assert not any(path.is_symlink() for path in (tmp_path / "output").rglob("*"))
+
+    def test_of_a_source_that_is_a_link_with_a_relative_path(self, tmp_path, monkeypatch):
+        sharded(tmp_path / "real", {"0": "a/w.safetensors", "1": "b/w.safetensors"})
+        (tmp_path / "source").symlink_to("real")
+        (tmp_path / "there").mkdir()
+        (tmp_path / "output").symlink_to("there")  # an empty folder is taken
+        monkeypatch.chdir(tmp_path)
+        self.assert_merged(Path("source"), Path("output"))
+        assert (tmp_path / "output").is_symlink()
+
+    def test_below_its_source(self, tmp_path):
+        source = sharded(tmp_path / "source", {"0": "a/w.safetensors", "1": "b/w.safetensors"})
+        (source / "config.json").write_text("{}")
+        before = {path for path in source.rglob("*") if path.is_file()}
+        for output in (source / "merged", source / "new" / "merged", source / "merged again"):
+            quaff_fx.merge_into_checkpoint(with_two_adapters(), source, output, progress=False)
+            names = {path.relative_to(output) for path in output.rglob("*") if path.is_file()}
+            assert names == {path.relative_to(source) for path in before}
+        with pytest.raises(CheckpointError, match="exists, expected a new or an empty folder"):
+            quaff_fx.merge_into_checkpoint(with_two_adapters(), source, source / "merged" / ".." / ".." / "source")
+
+    def test_files_in_folders_are_copied_but_no_other_model(self, tmp_path):
+        source = sharded(tmp_path / "source", {"0": "a/w.safetensors", "1": "b/w.safetensors"})
+        kept = ("config.json", "additional_chat_templates/tool.jinja", "a/notes.txt")
+        left = ("checkpoint-5/optimizer.pt", "checkpoint-5/config.json", ".git/config", "old/pytorch_model.bin")
+        for name in (*kept, *left):
+            (source / name).parent.mkdir(exist_ok=True)
+            (source / name).write_text(name)
+        self.assert_merged(source, tmp_path / "output")
+        assert [(tmp_path / "output" / name).read_text() for name in kept] == list(kept)
+        assert not any((tmp_path / "output" / name).exists() for name in left)
+
+    @pytest.mark.parametrize("file", ["../other/w.safetensors", "a/../../w.safetensors", "/w.safetensors", "..", "", 3])
+    def test_that_leave_the_folder_are_refused(self, tmp_path, file):
+        source = sharded(tmp_path / "source", {"0": "w.safetensors", "1": "v.safetensors"})
+        (tmp_path / "other").mkdir()
+        shutil.copy(source / "w.safetensors", tmp_path / "other")
+        edit_index(source, lambda index: index["weight_map"].update({"0.weight": file}))
+        match = "names .*, expected safetensors files below its folder"
+        self.assert_refused(source, tmp_path / "output", match)
+        with pytest.raises(CheckpointError, match=match):
+            quaff_fx.load_checkpoint(two_layers().to("meta"), source)
+
+    @pytest.mark.parametrize(
+        ("edit", "match"),
+        [
+            (lambda i: i["weight_map"].update({"1.weight": "w.safetensors"}), "1.weight: is not in .*w.safetensors"),
+            (lambda i: i["weight_map"].update({"2.weight": "v.safetensors"}), "2.weight: is not in .*v.safetensors"),
+            (lambda i: i["weight_map"].update({"1.bias": "u.safetensors"}), "u.safetensors: is missing"),
+            (lambda i: i["weight_map"].update({"1.bias": "\0.safetensors"}), "safetensors: is missing"),
+            (lambda i: i["weight_map"].update({"1.bias": "x" * 999 + ".safetensors"}), "safetensors: is missing"),
+            (lambda i: i["weight_map"].clear(), "names no tensors, expected some"),
+            (lambda i: i.update(weight_map=[]), "expected JSON with a weight_map"),
+            (lambda i: i["weight_map"].update({"1.bias": ["w.safetensors"]}), "expected JSON with a weight_map"),
+        ],
+    )
+    def test_that_are_not_what_the_index_says_are_refused(self, tmp_path, edit, match):
+        source = sharded(tmp_path / "source", {"0": "w.safetensors", "1": "v.safetensors"})
+        edit_index(source, edit)
+        self.assert_refused(source, tmp_path / "output", match)
+
+    def test_a_tensor_in_two_shards_is_refused(self, tmp_path):
+        source = sharded(tmp_path / "source", {"0": "w.safetensors", "1": "v.safetensors"})
+        save_file(two_layers().state_dict(), source / "w.safetensors")
+        self.assert_refused(source, tmp_path / "output", "1.bias: is in .*, expected in one file")
+
+    def test_beside_one_file_that_lacks_some(self, tmp_path):
+        """transformers reads the one file and says nothing of the others."""
+        source = sharded(tmp_path / "source", {"0": "model.safetensors", "1": "v.safetensors"})
+        self.assert_refused(source, tmp_path / "output", r"model\.safetensors: lacks 1\.\w+ \(and 1 more\) of model")
+        save_file(two_layers().state_dict(), source / "model.safetensors")
+        quaff_fx.merge_into_checkpoint(with_two_adapters(), source, tmp_path / "output", progress=False)
+        assert {path.name for path in (tmp_path / "output").iterdir()} == {"model.safetensors"}
+
+    def test_that_become_one_file_are_told_and_nothing_is_written(self, tmp_path, monkeypatch):
+        """As in a file system that does not tell upper from lower case."""
+        source = sharded(tmp_path / "source", {"0": "W.safetensors", "1": "w.safetensors"})
+        monkeypatch.setattr(merging, "save_file", lambda t, path, metadata: save_file(t, str(path).lower(), metadata))
+        monkeypatch.setattr(merging, "_check_written", of_lower_case(merging._check_written))
+        self.assert_refused(
+            source, tmp_path / "output", r"0\.\w+: is missing in the copy of .*W\.safetensors, expected"
+        )
+
+    def test_that_change_while_they_are_merged(self, tmp_path, monkeypatch):
+        source = sharded(tmp_path / "source", {"0": "w.safetensors", "1": "v.safetensors"})
+        copy_files = merging._copy_other_files
+
+        def copy_and_change(*args):
+            copy_files(*args)
+            save_file(two_layers().state_dict() | {"2.weight": torch.zeros(1)}, source / "w.safetensors")
+
+        monkeypatch.setattr(merging, "_copy_other_files", copy_and_change)
+        self.assert_refused(source, tmp_path / "output", r"w\.safetensors: has changed since 0\.\w+ was read from it")
+
+    def assert_refused(self, source, output, match):
+        with pytest.raises(CheckpointError, match=match) as caught:
+            quaff_fx.merge_into_checkpoint(with_two_adapters(), source, output, progress=False)
+        assert ", expected " in str(caught.value)
+        assert is_left_nothing_beside(output)
+
+
+def of_lower_case(check):
+    """`_check_written` in a folder whose file system has lower case only."""
+
+    class Lower(type(Path())):
+        def __truediv__(self, name):
+            return Path(str(self), str(name).lower())
+
+    return lambda files, source, folder, stored: check(files, source, Lower(folder), stored)
+
+
+def edit_index(folder: Path, edit: Callable[[dict], object]) -> None:
+    path = folder / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    edit(index)
+    path.write_text(json.dumps(index))
+
+
+class TestEnded:
+    """By whatever it is: no folder is left, none that is half of it, none that was made on the way."""
+
+    pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+    @pytest.fixture
+    def folders(self, tmp_path) -> tuple[Path, Path]:
+        return sharded(
+            tmp_path / "source", {"0": "a/w.safetensors", "1": "b/w.safetensors"}
+        ), tmp_path / "new" / "output"
+
+    def assert_nothing_is_left(self, tmp_path):
+        assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+    def test_by_a_full_disk(self, folders, tmp_path):
+        """A limit on the size of files fails as a full disk does; safetensors has an error of its own for it."""
+        source, output = folders
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+        try:
+            with pytest.raises(CheckpointError, match=r"output: cannot be written \(.*, expected room for a copy of"):
+                quaff_fx.merge_into_checkpoint(with_two_adapters(), source, output, progress=False)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        self.assert_nothing_is_left(tmp_path)
+
+    def test_by_a_parent_that_is_a_file(self, folders, tmp_path):
+        source, _ = folders
+        output = source / "a" / "w.safetensors" / "output"
+        with pytest.raises(CheckpointError, match="output: cannot be written"):
+            quaff_fx.merge_into_checkpoint(with_two_adapters(), source, output, progress=False)
+        with pytest.raises(CheckpointError, match=r"w\.safetensors: is a file, expected the folder of a checkpoint"):
+            quaff_fx.merge_into_checkpoint(with_two_adapters(), source / "a" / "w.safetensors", output)
+        self.assert_nothing_is_left(tmp_path)
+
+    @pytest.mark.slow
+    def test_by_an_interrupt_at_any_line(self, folders, tmp_path):
+        source, output = folders
+        model = with_two_adapters()
+        before = copy.deepcopy(model.state_dict())
+
+        def merge():
+            quaff_fx.merge_into_checkpoint(model, source, output, progress=False)
+
+        lines = interrupted_at(merge, None, FILES)
+        whole = weights_below(output)
+        shutil.rmtree(output.parent)
+        assert lines > 200
+        interrupted = 0
+        for number in range(0, lines, 2):
+            try:
+                interrupted_at(merge, number, FILES)
+            except KeyboardInterrupt:
+                interrupted += 1
+            if output.exists():  # it came when all was done, or where Python ignores it: a generator is let go
+                assert weights_below(output) == whole
+                shutil.rmtree(output.parent)
+            self.assert_nothing_is_left(tmp_path)
+        assert interrupted > 100
+        assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def weights_below(folder: Path) -> dict[Path, bytes]:
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 class TestBadInput:
