@@ -225,6 +225,7 @@ def _owners(base: nn.Module, parts: list[_Part], stored: dict[str, StoredTensor]
     known = {part.name_of(parameter) for part in parts for parameter in part.parameters}
     by_name = checkpoint._renamed(base, stored, known)
     tied = _tied(base)
+    is_renamed = any(name not in known for name in by_name)  # as transformers does with some while it loads
     owners = {}
     for part in parts:
         for parameter in part.parameters:
@@ -240,7 +241,12 @@ def _owners(base: nn.Module, parts: list[_Part], stored: dict[str, StoredTensor]
                         f"{name}: is not in {source}{checkpoint._near(name, by_name)}, expected every weight that an "
                         "adapter changes. Pass the folder that the model was made from."
                     )
-                continue  # frozen and in float: a tied weight, or one that transformers renames while it loads
+                if name not in tied and not is_renamed:
+                    raise CheckpointError(
+                        f"{name}: is not in {source}, expected every weight of the model: a copy would lack it too. "
+                        "Fetch or save the checkpoint again."
+                    )
+                continue
             tensor = by_name[name]
             shape = _shape(part.base, parameter)
             if tensor.shape != shape:

@@ -326,6 +326,16 @@ class TestShards:
         edit_index(source, edit)
         self.assert_refused(source, tmp_path / "output", match)
 
+    @pytest.mark.parametrize("layer", ["0", "1"])
+    def test_of_which_the_index_knows_none_of_a_layer(self, tmp_path, layer):
+        """An adapter on the first layer; the second is frozen and in float."""
+        source = sharded(tmp_path / "source", {"0": "w.safetensors", "1": "v.safetensors"})
+        edit_index(source, lambda index: [index["weight_map"].pop(f"{layer}.{name}") for name in ("weight", "bias")])
+        model = get_peft_model(two_layers(), LoraConfig(r=2, target_modules=["0"], init_lora_weights=False))
+        with pytest.raises(CheckpointError, match=rf"{layer}\.weight: is not in .*, expected every weight"):
+            quaff_fx.merge_into_checkpoint(model, source, tmp_path / "output", progress=False)
+        assert is_left_nothing_beside(tmp_path / "output")
+
     def test_a_tensor_in_two_shards_is_refused(self, tmp_path):
         source = sharded(tmp_path / "source", {"0": "w.safetensors", "1": "v.safetensors"})
         save_file(two_layers().state_dict(), source / "w.safetensors")
