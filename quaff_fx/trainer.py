@@ -1,15 +1,17 @@
 """Calibration and smoothing state in the checkpoints of a `transformers.Trainer`.
 
-The only file that needs transformers: `quaff_fx.QuaffCallback` imports it when it is first used.
+It cannot be imported without transformers, so `quaff_fx.QuaffCallback` imports it when it is first used.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import warnings
 import zlib
-from pathlib import Path
+from collections.abc import Mapping
+from pathlib import Path, PurePath
 from typing import Any
 
 from torch import nn
@@ -40,7 +42,8 @@ class QuaffCallback(TrainerCallback, ExportableState):
     ``Trainer(..., callbacks=[quaff_fx.QuaffCallback()])``. A resumed run is bit for bit the one that was not
     interrupted, as far as the Trainer's own is. ``quaff_state.safetensors`` is written right before
     ``trainer_state.json``, which gets the checksums of all files of the checkpoint: whenever the process is killed,
-    `last_checkpoint` finds one that is whole, since the Trainer deletes older ones only after that.
+    `last_checkpoint` finds one that is whole, since the Trainer deletes older ones only after that. It also gets a
+    checksum of itself, but for the entries of callbacks, which are asked for one after the other.
 
     Args:
         resume_from: the checkpoint to be resumed from, if it does not lie in the output folder.
@@ -53,6 +56,7 @@ class QuaffCallback(TrainerCallback, ExportableState):
     def __init__(self, resume_from: PathLike | None = None) -> None:
         self.resume_from = resume_from
         self.files: dict[str, int] | None = None
+        self.checksum: int | None = None
         self._model: nn.Module | None = None
         self._folder = Path()
         self._trainer_state: TrainerState | None = None
@@ -102,22 +106,23 @@ class QuaffCallback(TrainerCallback, ExportableState):
         if self._model is not None and self._trainer_state is not None and self._is_between_steps:
             folder = self._folder / f"checkpoint-{self._trainer_state.global_step}"
             if folder.is_dir():
-                self.files = _save(self._model, folder)
-        return {"args": {}, "attributes": {"files": self.files}}
+                files = _save(self._model, folder)
+                self.files, self.checksum = files, _checksum_of_state(dataclasses.asdict(self._trainer_state), files)
+        return {"args": {}, "attributes": {"files": self.files, "checksum": self.checksum}}
 
     def _resume(self, args: TrainingArguments, state: TrainerState) -> None:
         assert self._model is not None
         own = f"checkpoint-{state.global_step}"
         folders = (self.resume_from, args.resume_from_checkpoint, self._folder / own)
         found = [Path(folder) for folder in folders if folder is not None and Path(folder).is_dir()]
-        saved = _files_of(state.stateful_callbacks)
+        saved = _saved_by(state.stateful_callbacks)
         if saved is None:
             raise CheckpointError(
                 f"{own}: was saved without QuaffCallback or while several processes calibrated, expected calibration "
                 "and smoothing state in it. Start anew, or from its adapter without resume_from_checkpoint."
             )
         for folder in found:
-            if _checksum(folder / snapshot.FILE) == saved[snapshot.FILE]:
+            if _checksum(folder / snapshot.FILE) == saved.files[snapshot.FILE]:
                 break
         else:
             raise CheckpointError(
@@ -138,18 +143,14 @@ def last_checkpoint(output_dir: PathLike) -> str | None:
     For ``trainer.train(resume_from_checkpoint=...)``, whose True takes the last one even if the process was killed
     while it was saved. Every file is compared with its checksum.
     """
-    steps = {}
-    for folder in Path(output_dir).glob("checkpoint-*"):
-        if step := re.fullmatch(r"checkpoint-(\d+)", folder.name):
-            steps[int(step[1])] = folder
-    for _, folder in sorted(steps.items(), reverse=True):
-        try:
-            trainer_state = json.loads((folder / TRAINER_STATE).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            continue
-        callbacks = trainer_state.get("stateful_callbacks") if isinstance(trainer_state, dict) else None
-        files = _files_of(callbacks)
-        if files is not None and not _damaged(folder, files):
+    found = (
+        (re.fullmatch(r"checkpoint-(\d{1,18})", path.name), path) for path in Path(output_dir).glob("checkpoint-*")
+    )
+    folders = [(int(match[1]), path) for match, path in found if match]
+    for step, folder in sorted(folders, reverse=True):
+        trainer_state = _read_state(folder)
+        saved = _saved_by(trainer_state.get("stateful_callbacks"))
+        if saved is not None and trainer_state.get("global_step") == step and not _damaged(folder, saved):
             return str(folder)
     return None
 
@@ -173,6 +174,8 @@ def _save(model: nn.Module, folder: Path) -> dict[str, int] | None:
     try:
         snapshot.save_state(model, folder)
     except CheckpointError as error:
+        if error.__cause__ is not None:
+            raise  # it cannot be written: the Trainer must not go on, and delete an older checkpoint that is whole
         warnings.warn(f"{folder}: cannot be resumed from. {error}", QuaffWarning, stacklevel=2)
         return None
     # Random states are left out: other processes may be writing theirs.
@@ -181,19 +184,53 @@ def _save(model: nn.Module, folder: Path) -> dict[str, int] | None:
     return {name: crc for name, crc in checksums.items() if crc is not None}
 
 
-def _files_of(callbacks: Any) -> dict[str, int] | None:
-    """The checksums in the callbacks' part of a `TrainerState`, None if there are none."""
+@dataclasses.dataclass(frozen=True)
+class _Saved:
+    """What a checkpoint says of itself: checksums of its files, by name, and of its `TRAINER_STATE` and these."""
+
+    files: dict[str, int]
+    checksum: int
+
+
+def _saved_by(callbacks: Any) -> _Saved | None:
+    """What `QuaffCallback` has put into the callbacks' part of a `TrainerState`, None if there is nothing usable."""
     for entry in callbacks.values() if isinstance(callbacks, dict) else ():
         attributes = entry.get("attributes") if isinstance(entry, dict) else None
         files = attributes.get("files") if isinstance(attributes, dict) else None
-        if isinstance(files, dict) and snapshot.FILE in files:
-            return files
+        if not isinstance(attributes, dict) or not isinstance(files, dict) or snapshot.FILE not in files:
+            continue
+        numbers = (*files.values(), attributes.get("checksum"))
+        is_inside = not any(PurePath(name).is_absolute() or ".." in PurePath(name).parts for name in files)
+        # A checksum of another type would be that of a file that cannot be read.
+        return _Saved(files, numbers[-1]) if is_inside and all(type(number) is int for number in numbers) else None
     return None
 
 
-def _damaged(folder: Path, files: dict[str, int]) -> str | None:
+def _damaged(folder: Path, saved: _Saved) -> str | None:
     """The name of a file that is missing or has another checksum, None if there is none."""
-    return next((name for name, crc in files.items() if _checksum(folder / name) != crc), None)
+    try:
+        is_whole = _checksum_of_state(_read_state(folder), saved.files) == saved.checksum
+    except RecursionError:  # read, but nested too deeply to be written
+        is_whole = False
+    if not is_whole:
+        return TRAINER_STATE
+    return next((name for name, crc in saved.files.items() if _checksum(folder / name) != crc), None)
+
+
+def _read_state(folder: Path) -> dict[str, Any]:
+    """The `TrainerState` of a checkpoint as JSON; nothing if it cannot be read."""
+    try:
+        values = json.loads((folder / TRAINER_STATE).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return values if isinstance(values, dict) else {}
+
+
+def _checksum_of_state(values: Mapping[str, Any], files: dict[str, int] | None) -> int:
+    """CRC-32 of a `TrainerState` as JSON, without what callbacks have put into it, and of the checksums of files."""
+    own = {name: value for name, value in values.items() if name != "stateful_callbacks"}
+    # To JSON twice: what is no JSON before (tuples, numbers as keys) then has the form that it is read back in.
+    return zlib.crc32(json.dumps(json.loads(json.dumps([own, files])), sort_keys=True).encode())
 
 
 def _checksum(path: Path) -> int | None:
@@ -203,6 +240,6 @@ def _checksum(path: Path) -> int | None:
         with path.open("rb") as file:
             while part := file.read(2**20):
                 crc = zlib.crc32(part, crc)
-    except OSError:
+    except (OSError, ValueError):  # ValueError: no name of a file
         return None
     return crc
