@@ -478,7 +478,7 @@ def run_subject(name: str, cases: int, seed: int = 0) -> Counts:
             read = case(draw)
             try:
                 outcome = "equal" if read() == expected else "misread"
-                found = ""
+                found = "read as something else"
             except (QuaffError, Refused):
                 outcome = "refused"
             except KeyboardInterrupt:

@@ -96,6 +96,7 @@ def test_any_flipped_bit_of_the_tensors_is_refused(saved: SavedState) -> None:
                 SavedState.from_tensors(tensors | {name: changed})
 
 
+@pytest.mark.slow
 def test_any_flipped_bit_of_the_file_is_refused(saved: SavedState, tmp_path: Path) -> None:
     draw, path = random.Random(0), tmp_path / "state.safetensors"
     saved.write(path)
