@@ -183,7 +183,7 @@ class QuantizedWeight(_KeepsFloat32):
 
     def remember_values(self) -> None:
         """Takes the values as they are for the right ones, by which `reason_unusable` tells an edit later."""
-        self._versions = self._current_versions()
+        self._version = self._current_version()
         self._sums = self._current_sums()
 
     def reason_unusable(self) -> str:
@@ -191,19 +191,19 @@ class QuantizedWeight(_KeepsFloat32):
 
         An average of weights edits all parameters alike, and rounds int8 values towards zero while it does.
         """
-        if self.w_scale.requires_grad or self.w_outlier.requires_grad:
+        # Not as attributes, which cost ten times as much: every weight is asked before every forward.
+        parts = self._parameters
+        if parts["w_scale"].requires_grad or parts["w_outlier"].requires_grad:  # type: ignore[union-attr]
             return "is to be trained (requires_grad)"
-        if type(self.w_int8) is not nn.Parameter:  # sharded: one rank does not see its values
-            return ""
-        if self._versions != (versions := self._current_versions()):
+        if self._version != (version := self._current_version()) and type(self.w_int8) is nn.Parameter:
             if self._current_sums() != self._sums:
                 return "was edited in place"
-            self._versions = versions  # the same values were written: DDP does so, and loading a state
+            self._version = version  # the same values were written: DDP does so, and loading a state
         return ""
 
-    def _current_versions(self) -> tuple[int, ...]:
-        # An inference tensor has no version, and cannot be edited outside inference mode.
-        return tuple(t._version for t in (self.w_int8, self.w_scale, self.w_outlier) if not t.is_inference())
+    def _current_version(self) -> int:
+        """Grows with every edit in place. Of weights that FSDP2 has sharded it says nothing: no rank sees them whole."""
+        return sum(part._version for part in self._parameters.values() if part is not None)
 
     @torch.no_grad()
     def _current_sums(self) -> list[int]:
@@ -213,6 +213,10 @@ class QuantizedWeight(_KeepsFloat32):
     def _load_from_state_dict(self, *args: Any) -> None:
         super()._load_from_state_dict(*args)  # type: ignore[no-untyped-call]
         self.remember_values()
+
+    def __setstate__(self, values: dict[str, Any]) -> None:
+        super().__setstate__(values)  # type: ignore[no-untyped-call]
+        self._versions = ()  # a copy counts its own, from zero: an edit of before would look like none
 
     def read(self) -> Tensor:
         """Returns the weight in the layout of the original parameter: a marker while traced, else an `Int8Weight`."""
