@@ -70,7 +70,7 @@ def find_sites(model: nn.Module, config: QuaffConfig, *, is_loading: bool = Fals
                 places[id(weight)].append((module, parameter))
                 names[id(weight)].append(_model_name(name))
 
-    sites = []
+    sites, site_names = [], []
     for key, owners in places.items():
         module, parameter = owners[0]
         int8_weight = states_of(module).get(parameter)
@@ -80,6 +80,7 @@ def find_sites(model: nn.Module, config: QuaffConfig, *, is_loading: bool = Fals
             site = Site(names[key][0], parameter, module, shape, int8_weight.dtype, places=owners)
             site.reason = _reason_by_config(site, names[key], config)
             sites.append(site)
+            site_names += names[key]
             continue
         weight = module._parameters[parameter]
         if weight is None or weight.ndim < 2 or all(isinstance(owner, _TABLES) for owner, _ in owners):
@@ -91,7 +92,8 @@ def find_sites(model: nn.Module, config: QuaffConfig, *, is_loading: bool = Fals
         is_own = id(weight) in of_adapters
         site.reason = _reason_left_alone(site, weight, names[key], config, is_own, is_loading)
         sites.append(site)
-    config.check_patterns([site.name for site in sites])
+        site_names += names[key]
+    config.check_patterns(site_names)
     _check_something_is_left(sites)
     return sites
 
