@@ -96,23 +96,64 @@ class TestWhileCalibrating:
         Run(model).step(token_ids())
         assert quaff_fx.explain(model).steps == 1
 
-    def test_forward_that_reaches_no_block_gives_the_model_back(self):
+    def test_forward_that_reads_no_frozen_weight(self):
+        """It is no step, and as often as it is tried; the model stays compiled and can be given back."""
+
         class Bypass(nn.Module):
             def __init__(self) -> None:
                 super().__init__()
                 self.layers = nn.ModuleList(nn.Sequential(nn.Linear(4, 4)).requires_grad_(False) for _ in range(2))
                 self.head = nn.Linear(4, 4)
+                self.is_bypassing = True
 
             def forward(self, x):
+                for layer in [] if self.is_bypassing else self.layers:
+                    x = layer(x)
                 return self.head(x)
 
-        model = Bypass()
+        model, x = Bypass(), torch.randn(2, 4)
         before = fingerprint(model)
         quaff_fx.compile(model, QUIET)
-        with pytest.raises(CalibrationError, match="reached none of the compiled blocks"):
-            model(torch.randn(2, 4))
+        compiled = fingerprint(model)
+        for _ in range(2):
+            with pytest.raises(CalibrationError, match="read none of the frozen weights, expected all"):
+                model(x)
+            assert fingerprint(model) == compiled
+            assert quaff_fx.explain(model).steps == 0
+        with pytest.raises(CalibrationError, match="read none of the frozen weights"):
+            quaff_fx.calibrate(model, [x])
+        with torch.no_grad():
+            assert model(x).shape == (2, 4)
+        model.is_bypassing = False
+        model(x).sum().backward()
+        assert quaff_fx.explain(model).steps == 1
+        quaff_fx.dequantize(model)
         assert fingerprint(model) == before
-        assert model(torch.randn(2, 4)).shape == (2, 4)
+        assert model(x).shape == (2, 4)
+
+    def test_weights_that_no_linear_reads_stay_float(self):
+        """Their values are read: that much is right, and nothing is gained. A warning says so, and who reads them."""
+
+        class Norms(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.inner = nn.Linear(4, 4).requires_grad_(False)
+                self.gain = nn.Parameter(torch.ones(4))
+
+            def forward(self, x):
+                return x * self.gain * self.inner.weight.norm(dim=1)
+
+        model, x = quaff_fx.compile(nn.ModuleList([Norms(), Norms()])[0], QUIET), torch.randn(2, 4)
+        with pytest.warns(QuaffWarning, match=r"no linear reads any of its 1 frozen weights \(read by norm\)"):
+            model(x).sum().backward()
+        weight = model.inner.weight
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", QuaffWarning)
+            model(x).sum().backward()
+            model(x).sum().backward()
+        assert model.inner.weight is weight
+        (row,) = quaff_fx.explain(model).rows
+        assert (row.stage, row.reason) == ("float", "no linear reads it")
 
     def test_no_batches(self):
         model = quaff_fx.compile(tiny_llama(), QUIET)

@@ -93,7 +93,7 @@ def three_dimensional(model: Decoder) -> None:
     model.layers[0].up.weight = nn.Parameter(torch.zeros(2, 16, 8), requires_grad=False)  # type: ignore[union-attr]
 
 
-def tied(model: Decoder) -> None:
+def shared(model: Decoder) -> None:
     model.layers[0].up.weight = model.layers[1].up.weight  # type: ignore[union-attr]
 
 
@@ -128,7 +128,6 @@ def too_long(model: Decoder) -> None:
     [
         (trainable, "weight is trainable"),
         (three_dimensional, "weight has 3 dimensions, a linear's has 2"),
-        (tied, "tied to layers.1.up.weight"),
         (tied_to_the_embedding, "tied to embed.weight"),
         (double, "weight is torch.float64, quantized are float32, bfloat16 and float16"),
         (int8, "weight is torch.int8, quantized are float32, bfloat16 and float16"),
@@ -147,19 +146,71 @@ def test_a_weight_that_cannot_be_int8_is_left_alone_with_its_reason(
     assert found["layers.0.down"] == "", "its neighbour is not affected"
 
 
-def test_both_ends_of_a_tie_are_left_alone() -> None:
+def test_modules_that_share_a_weight_are_one_site() -> None:
     model = frozen_decoder()
-    tied(model)
-    found = {site.weight_name: site.reason for site in find_sites(model, QuaffConfig())}
-    assert found["layers.0.up.weight"] == "tied to layers.1.up.weight"
-    assert found["layers.1.up.weight"] == "tied to layers.0.up.weight"
+    shared(model)
+    sites = find_sites(model, QuaffConfig())
+    (site,) = (site for site in sites if site.module is model.layers[0].up)  # type: ignore[union-attr]
+    assert (site.weight_name, site.reason) == ("layers.0.up.weight", "")
+    assert site.places == [(model.layers[index].up, "weight") for index in (0, 1)]  # type: ignore[union-attr]
+    assert "layers.1.up.weight" not in [site.weight_name for site in sites]
+    assert all(site.places == [(site.module, site.parameter)] for site in sites if len(site.places) == 1)
 
 
-def test_a_module_used_under_two_names_is_left_alone_and_listed_once() -> None:
+def test_what_is_excluded_by_one_name_of_a_shared_weight_is_excluded() -> None:
+    model = frozen_decoder()
+    shared(model)
+    for name in ("layers.0.up", "layers.1.up"):
+        assert reasons(model, exclude=(name,))["layers.0.up"] == "excluded by the config"
+    assert reasons(model, include=("layers.1.up",))["layers.0.up"] == ""
+
+
+def test_a_weight_under_two_names_in_one_module_is_one_site() -> None:
+    model = frozen_decoder()
+    up = model.layers[0].up  # type: ignore[union-attr]
+    up.alias = up.weight
+    (site,) = (site for site in find_sites(model, QuaffConfig()) if site.module is up)
+    assert site.places == [(up, "weight"), (up, "alias")]
+
+
+@pytest.mark.parametrize("is_first", [True, False])
+def test_what_shares_the_weight_of_a_table_is_tied_to_it(is_first: bool) -> None:
+    """A row of an embedding is looked up in float; it is said of the linear, whichever comes first."""
+    model = frozen_decoder()
+    (first, second) = (model.embed, model.layers[0].up) if is_first else (model.layers[0].up, model.embed)  # type: ignore[union-attr]
+    tree = nn.ModuleDict({"first": first, "second": second, "rest": model})
+    second.weight = first.weight
+    table = "first" if is_first else "second"
+    found = {site.weight_name: site.reason for site in find_sites(tree, QuaffConfig(exclude=()))}
+    assert found["second.weight" if is_first else "first.weight"] == f"tied to {table}.weight"
+
+
+def test_a_module_used_under_two_names_is_one_site_and_listed_once() -> None:
     model = frozen_decoder()
     model.again = model.layers[0].up  # type: ignore[union-attr, assignment]
     found = [site for site in find_sites(model, QuaffConfig()) if site.module is model.again]
-    assert [(site.weight_name, site.reason) for site in found] == [("layers.0.up.weight", "tied to again.weight")]
+    assert [(site.weight_name, site.reason) for site in found] == [("layers.0.up.weight", "")]
+    assert found[0].places == [(model.again, "weight")]
+
+
+def test_a_module_that_is_also_outside_the_blocks_is_inside() -> None:
+    """It is one module: what runs it elsewhere runs it eagerly, in int8."""
+    model = frozen_decoder()
+    model.again = model.layers[0].up  # type: ignore[union-attr, assignment]
+    sites = find_sites(model, QuaffConfig())
+    mark_outside(sites, find_blocks(model, sites))
+    assert {site.name: site.reason for site in sites}["layers.0.up"] == ""
+
+
+def test_a_weight_shared_with_a_module_outside_the_blocks_is_left_alone() -> None:
+    model = frozen_decoder()
+    model.head = nn.Linear(8, 16).requires_grad_(False)
+    model.head.weight = model.layers[0].up.weight  # type: ignore[union-attr]
+    sites = find_sites(model, QuaffConfig())
+    mark_outside(sites, find_blocks(model, sites))
+    found = {site.name: site.reason for site in sites}
+    assert found["layers.0.up"] == "outside the repeated blocks (scope='blocks')"
+    assert found["layers.1.up"] == ""
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

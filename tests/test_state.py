@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import io
 import pickle
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 import pytest
 import torch
@@ -14,7 +16,11 @@ from torch.nn import functional as F  # noqa: N812
 
 from quaff_fx import numerics, ops, state
 from quaff_fx.errors import QuaffError, WeightError
-from quaff_fx.state import Int8Weight, ObservedWeight, OutlierState, QuantizedWeight
+from quaff_fx.int8_weight import Int8Weight
+from quaff_fx.observe import Seen, Statistics
+from quaff_fx.sites import Site
+from quaff_fx.state import LoadedWeight, OutlierState, QuantizedWeight
+from quaff_fx.stored_tensor import StoredTensor
 from tests.data import dequantized_rows, normal, planted_outliers, quaff_error_bound
 
 CHANNELS = [5, 1]
@@ -51,6 +57,13 @@ def quantize(module: nn.Module, in_dim: int = 1, outliers: OutlierState | None =
     return quantized
 
 
+def loaded(weight: Tensor, in_dim: int = 1) -> LoadedWeight:
+    """A weight that was loaded as int8, from a file that is not there any more."""
+    source = StoredTensor("gone.safetensors", "weight", tuple(weight.shape), weight.dtype, 0, 0)
+    parts = numerics.quantize_weight(weight.detach() if in_dim == 1 else weight.detach().t())
+    return LoadedWeight(*parts, in_dim, 1, weight.dtype, source)
+
+
 def quantized_linear(dtype: torch.dtype = torch.float32) -> nn.Linear:
     module = frozen(nn.Linear(12, 8), dtype=dtype)
     quantize(module)
@@ -79,17 +92,16 @@ def assert_within_bound(y: Tensor, x: Tensor, weight: Tensor, quantized: Quantiz
 # --- attach and restore ------------------------------------------------------------------------------------------
 
 
-def test_an_observed_weight_is_given_back_bit_for_bit() -> None:
+def test_a_float_weight_is_left_as_it_is() -> None:
+    """A module none of whose weights is int8 is its own class, before and after."""
     module = frozen(nn.Linear(12, 8))
     weight, keys = module.weight, list(module.state_dict())
-    state.attach(module, {"weight": ObservedWeight(weight, 0.0)})
-    assert isinstance(module, nn.Linear)
-    assert module.weight is weight, "eager code reads the weight itself"
-    assert list(module.state_dict()) == keys, "statistics are not saved"
-    state.restore(module, "weight")
-    assert type(module) is nn.Linear
+    state.restore([(module, "weight")])
+    assert state.states_of(module) == {}
+    assert state.int8_places(module) == []
+    assert type(module) is state.base_class(module) is nn.Linear
     assert module.weight is weight
-    assert list(module._modules) == []
+    assert list(module.state_dict()) == keys
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -98,7 +110,7 @@ def test_a_quantized_weight_comes_back_dequantized_in_its_dtype(dtype: torch.dty
     original = module.weight.clone()
     quantized = quantize(module)
     assert "weight" not in module._parameters, "the float weight is gone"
-    state.restore(module, "weight")
+    state.restore([(module, "weight")])
     assert type(module) is nn.Linear
     assert isinstance(module._parameters["weight"], nn.Parameter)
     assert not module.weight.requires_grad
@@ -113,7 +125,7 @@ def test_a_transposed_weight_comes_back_in_its_own_layout() -> None:
     quantized = quantize(module, in_dim=0)
     assert quantized.w_int8.shape == (8, 12)
     assert module.weight.shape == (12, 8)
-    state.restore(module, "weight")
+    state.restore([(module, "weight")])
     assert module.weight.shape == (12, 8)
     assert module.weight.is_contiguous()
     torch.testing.assert_close(module.weight.double(), reference_weight(quantized).t(), rtol=1e-6, atol=0)
@@ -123,7 +135,7 @@ def test_quantizing_the_restored_weight_again_gives_the_same_integers() -> None:
     """Rounding twice must not drift; the outlier columns may hold a row's largest value, so they are left out."""
     module = frozen(nn.Linear(12, 8))
     quantized = quantize(module)
-    state.restore(module, "weight")
+    state.restore([(module, "weight")])
     w_int8, w_scale = numerics.quantize_weight(module.weight)
     same_scale = torch.isclose(w_scale, quantized.w_scale, rtol=1e-6, atol=0)
     assert same_scale.any()
@@ -137,17 +149,20 @@ def test_two_weights_of_one_module_are_attached_and_restored_one_by_one() -> Non
     other = module.other
     weights = {
         "weight": QuantizedWeight(module.weight, 1, outlier_state(), 127, 1),
-        "other": ObservedWeight(other, 0.0),
+        "other": loaded(other),
     }
     state.attach(module, weights)
     assert state.states_of(module) == weights
-    state.restore(module, "weight")
+    assert state.int8_places(module) == [[(module, "other")], [(module, "weight")]]
+    state.restore([(module, "weight")])
     assert list(state.states_of(module)) == ["other"]
-    assert module.other is other
+    assert isinstance(module.other, Int8Weight)
     assert isinstance(module._parameters["weight"], nn.Parameter)
-    state.restore(module, "other")
+    state.restore([(module, "other")])
     assert type(module) is nn.Bilinear
     assert state.states_of(module) == {}
+    assert torch.equal(module._parameters["other"], weights["other"].dequantized())
+    assert (module.other - other).abs().max() <= 0.51 * weights["other"].w_scale.max()
 
 
 def test_one_class_serves_all_modules_of_a_kind() -> None:
@@ -159,9 +174,115 @@ def test_one_class_serves_all_modules_of_a_kind() -> None:
     assert isinstance(first, nn.Linear)
     assert type(conv) is not type(first)
     assert isinstance(conv, Conv1D)
-    observed = frozen(nn.Linear(3, 4))
-    state.attach(observed, {"weight": ObservedWeight(observed.weight, 0.0)})
-    assert type(observed) is type(first), "the stage is in the state, not in the class"
+    as_int8 = frozen(nn.Linear(3, 4))
+    state.attach(as_int8, {"weight": loaded(as_int8.weight)})
+    assert type(as_int8) is type(first), "how it became int8 is in the state, not in the class"
+    assert {state.base_class(m) for m in (first, second, as_int8)} == {nn.Linear}
+
+
+class Interrupt(BaseException):
+    """Ctrl-C, say."""
+
+
+@pytest.mark.parametrize("moment", ["class", "state", "second state"])
+def test_an_interrupted_attach_leaves_the_module_as_it_was(monkeypatch: pytest.MonkeyPatch, moment: str) -> None:
+    module = frozen(nn.Bilinear(4, 4, 4))
+    module.weight = nn.Parameter(normal(6, 12, seed=0), requires_grad=False)
+    module.other = nn.Parameter(normal(5, 12, seed=1), requires_grad=False)
+    states = {name: loaded(getattr(module, name)) for name in ("weight", "other")}
+    state.attach(module, {"weight": states["weight"]})
+    before = (type(module), dict(module._modules), dict(module._parameters))
+
+    def interrupt(*_: object) -> None:
+        raise Interrupt
+
+    if moment == "class":
+        monkeypatch.setattr(state, "_set_class", interrupt)
+    else:
+        monkeypatch.setattr(states["weight" if moment == "state" else "other"], "train", interrupt)
+    with pytest.raises(Interrupt):
+        state.attach(module, states)
+    with pytest.raises(Interrupt):
+        state.attach(module, {"other": states["other"]} if moment != "state" else states, weight=module.bias)
+    assert (type(module), module._modules, module._parameters) == before
+    assert list(module._modules) == list(before[1])
+    assert isinstance(module.weight, Int8Weight)
+    assert module.other is before[2]["other"]
+
+
+def test_modules_that_share_a_weight_share_it_again_once_it_is_float() -> None:
+    first, second, other = (frozen(nn.Linear(12, 8)) for _ in range(3))
+    second.weight = first.weight
+    quantized = quantize(first)
+    state.attach(second, {"weight": quantized})
+    quantize(other)
+    model = nn.ModuleList([first, second, other, second])
+    assert state.int8_places(model) == [[(first, "weight"), (second, "weight")], [(other, "weight")]]
+    state.restore([(first, "weight"), (second, "weight")])
+    assert first.weight is second.weight
+    assert isinstance(first.weight, nn.Parameter)
+    assert type(first) is type(second) is nn.Linear
+    assert state.int8_places(model) == [[(other, "weight")]]
+
+
+def test_an_interrupted_restore_is_gone_on_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two modules share a weight: the second call gives the second module what the first one has got already."""
+    first, second = frozen(nn.Linear(12, 8)), frozen(nn.Linear(12, 8))
+    places = [(first, "weight"), (second, "weight")]
+    state.attach(second, {"weight": quantize(first)})
+    attach, attached = state.attach, []
+
+    def attach_once(module: nn.Module, *args: object, **weights: nn.Parameter) -> None:
+        if attached:
+            raise Interrupt
+        attached.append(module)
+        attach(module, *args, **weights)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(state, "attach", attach_once)
+    with pytest.raises(Interrupt):
+        state.restore(places)
+    weight = first.weight
+    assert type(first) is nn.Linear
+    assert isinstance(second.weight, Int8Weight), "it can be called meanwhile"
+    monkeypatch.setattr(state, "attach", attach)
+    state.restore(places)
+    assert first.weight is second.weight is weight
+    state.restore(places)
+    assert first.weight is second.weight is weight, "nothing is left to do"
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_a_restored_weight_can_be_trained_wherever_it_was_restored(mode: Callable[[], AbstractContextManager]) -> None:
+    module = quantized_linear()
+    with mode():
+        state.restore([(module, "weight")])
+    assert not module.weight.is_inference()
+    module.weight.requires_grad_(True)
+    module(normal(3, 12, seed=1)).sum().backward()
+    assert module.weight.grad is not None
+
+
+def test_a_float_copy_has_no_int8_weight_and_the_original_keeps_its_own() -> None:
+    """PEFT copies modules to be saved: what it trains must be float."""
+    first, second, plain = frozen(nn.Linear(12, 8)), frozen(nn.Linear(12, 8)), nn.Linear(8, 8)
+    state.attach(second, {"weight": quantize(first)})
+    module = nn.ModuleList([first, second, plain, frozen(Conv1D(12, 8))])
+    quantize(module[3], in_dim=0)
+    copied = state.float_copy(module)
+    assert state.int8_places(copied) == []
+    assert [type(each) for each in copied] == [nn.Linear, nn.Linear, nn.Linear, Conv1D]
+    assert copied[0].weight is copied[1].weight
+    assert copied[2].weight is not plain.weight
+    assert torch.equal(copied[0].weight, first._modules["quaff_weight"].dequantized())  # type: ignore[union-attr,operator]
+    assert copied[3].weight.shape == (12, 8)
+    assert len(state.int8_places(module)) == 2
+    assert isinstance(first.weight, Int8Weight)
+
+
+def test_a_float_copy_of_a_module_that_is_int8_itself() -> None:
+    copied = state.float_copy(quantized_linear())
+    assert type(copied) is nn.Linear
+    assert isinstance(copied.weight, nn.Parameter)
 
 
 def test_the_module_keeps_its_mode_and_passes_it_on() -> None:
@@ -336,11 +457,10 @@ def test_while_traced_a_read_is_one_marker_with_all_the_state(monkeypatch: pytes
     assert type(module.weight) is Tensor
     assert module.weight.shape == (8, 12)
     assert conv.weight.shape == (12, 8)
-    observed = frozen(nn.Linear(12, 8))
-    weight = observed.weight
-    state.attach(observed, {"weight": ObservedWeight(weight, 0.0)})
-    assert torch.equal(observed.weight, weight)
-    assert observed.weight is not weight, "a marker, not the weight"
+    as_int8 = frozen(Conv1D(12, 8))
+    state.attach(as_int8, {"weight": loaded(as_int8.weight, in_dim=0)})
+    assert type(as_int8.weight) is Tensor
+    assert as_int8.weight.shape == (12, 8)
 
 
 # --- editing -----------------------------------------------------------------------------------------------------
@@ -456,12 +576,212 @@ def test_pefts_merge_line_raises_instead_of_being_lost(dtype: torch.dtype) -> No
         base_layer.weight.data += torch.zeros(8, 12)
 
 
-@pytest.mark.parametrize("value", [nn.Parameter(torch.zeros(8, 12)), torch.zeros(8, 12)])
-def test_replacing_the_weight_of_a_quantized_module_is_not_silent(value: Tensor) -> None:
+@pytest.mark.parametrize("value", [nn.Parameter(torch.zeros(8, 12)), torch.zeros(8, 12), None])
+def test_replacing_the_weight_of_a_quantized_module_is_not_silent(value: Tensor | None) -> None:
     """The class reads `weight` through its state; an assignment that nobody reads would be lost."""
     module = quantized_linear()
-    with pytest.raises((WeightError, KeyError, AttributeError)):
+    before = module.weight.data
+    with pytest.raises(WeightError, match=r"^weight of Linear: is int8, expected no other tensor in its place\. Call "):
         module.weight = value
+    assert torch.equal(module.weight.data, before)
+    assert "weight" not in module._parameters | module.__dict__
+
+
+def test_the_weight_of_another_module_is_refused_too() -> None:
+    first, second = quantized_linear(), quantized_linear()
+    with pytest.raises(WeightError):
+        first.weight = second.weight
+
+
+def test_what_was_read_may_be_assigned_back() -> None:
+    """PEFT does so when it unloads an adapter."""
+    module = quantized_linear()
+    (quantized,) = state.states_of(module).values()
+    module.weight = module.weight
+    assert list(state.states_of(module).values()) == [quantized]
+    assert "weight" not in module._parameters
+
+
+def test_other_attributes_are_assigned_as_the_class_of_the_module_does() -> None:
+    class Counting(nn.Linear):
+        def __setattr__(self, name: str, value: object) -> None:
+            if name != "assigned":
+                self.__dict__.setdefault("assigned", []).append(name)
+            super().__setattr__(name, value)
+
+    module = frozen(Counting(12, 8))
+    quantize(module)
+    assigned = module.assigned
+    del assigned[:]
+    module.bias = nn.Parameter(torch.ones(8))
+    module.scale = 3
+    module.inner = nn.Linear(1, 1)
+    assert assigned == ["bias", "scale", "inner"]
+    assert module._parameters["bias"].requires_grad
+    assert module.scale == 3
+    assert module._modules["inner"] is module.inner
+
+
+def edit_in_place(quantized: QuantizedWeight) -> None:
+    quantized.w_int8.copy_(quantized.w_int8.roll(1, 0) + 1)
+
+
+VALUES = {
+    "w_int8": edit_in_place,
+    "w_scale": lambda quantized: quantized.w_scale.mul_(0.5),
+    "w_outlier": lambda quantized: quantized.w_outlier.mul_(0.5),
+    "foreach": lambda quantized: torch._foreach_mul_([quantized.w_scale, quantized.w_outlier], 0.999),
+    "sign of one value": lambda quantized: quantized.w_outlier[0, :1].neg_(),
+}
+
+
+@pytest.mark.parametrize("edit", VALUES.values(), ids=VALUES)
+def test_an_edit_of_the_parts_makes_the_weight_unusable(edit: Callable[[QuantizedWeight], object]) -> None:
+    """An average of weights edits all parameters alike."""
+    (quantized,) = state.states_of(quantized_linear()).values()
+    assert isinstance(quantized, QuantizedWeight)
+    assert quantized.reason_unusable() == ""
+    with torch.no_grad():
+        edit(quantized)
+    assert quantized.reason_unusable() == "was edited in place"
+    assert quantized.reason_unusable() == "was edited in place", "asking changes nothing"
+    assert copy.deepcopy(quantized).reason_unusable() == "was edited in place"
+    quantized.remember_values()
+    assert quantized.reason_unusable() == ""
+
+
+@pytest.mark.parametrize("part", ["w_scale", "w_outlier"])
+def test_a_part_that_is_to_be_trained_makes_the_weight_unusable(part: str) -> None:
+    (quantized,) = state.states_of(quantized_linear()).values()
+    assert isinstance(quantized, QuantizedWeight)
+    getattr(quantized, part).requires_grad_(True)
+    assert quantized.reason_unusable() == "is to be trained (requires_grad)"
+    quantized.requires_grad_(False)
+    assert quantized.reason_unusable() == ""
+
+
+HARMLESS: dict[str, Callable[[nn.Module], object]] = {
+    "the same values": lambda m: [p.copy_(p.clone()) for p in m.parameters()],
+    "load_state_dict": lambda m: m.load_state_dict({k: v.clone() for k, v in m.state_dict().items()}),
+    "load_state_dict of another": lambda m: m.load_state_dict(quantized_linear().state_dict()),
+    "load_state_dict, assign": lambda m: m.load_state_dict(quantized_linear().state_dict(), assign=True),
+    "moved": lambda m: m.to(torch.bfloat16).double(),
+    "smoothing scale": lambda m: m._modules["quaff_weight"].outliers.smoothing_scale.fill_(9),
+    "bias": lambda m: m.bias.fill_(9),
+}
+
+
+@pytest.mark.parametrize("change", HARMLESS.values(), ids=HARMLESS)
+def test_what_keeps_the_values_or_brings_whole_ones_is_no_edit(change: Callable[[nn.Module], object]) -> None:
+    module = quantized_linear()
+    (quantized,) = state.states_of(module).values()
+    assert isinstance(quantized, QuantizedWeight)
+    with torch.no_grad():
+        change(module)
+    assert quantized.reason_unusable() == ""
+
+
+def test_a_weight_that_was_quantized_in_inference_mode_is_usable() -> None:
+    with torch.inference_mode():
+        quantized = QuantizedWeight(normal(8, 12, seed=0), 1, outlier_state(), 127, 1)
+        assert quantized.reason_unusable() == ""
+    assert quantized.reason_unusable() == ""
+
+
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("where", ["module", "parent"])
+def test_a_float_weight_does_not_load_into_an_int8_module(strict: bool, where: str) -> None:
+    """With ``strict=False`` torch would leave it out without a word."""
+    module = quantized_linear()
+    parent = nn.Sequential(module)
+    before = copy.deepcopy(module.state_dict())
+    match = r"weight: is a float weight for one that is int8, expected the int8 one\. Call quaff_fx\.dequantize"
+    with pytest.raises(RuntimeError, match=match):
+        if where == "module":
+            module.load_state_dict(nn.Linear(12, 8).state_dict(), strict=strict)
+        else:
+            parent.load_state_dict(nn.Sequential(nn.Linear(12, 8)).state_dict(), strict=strict)
+    after = module.state_dict()
+    assert all(torch.equal(after[name], value) for name, value in before.items() if name.startswith("quaff_"))
+
+
+# --- blocks ------------------------------------------------------------------------------------------------------
+
+
+class Block(nn.Module):
+    """A block; its forward calls `super` and `__class__`, as code may."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = frozen(nn.Linear(12, 8))
+        self.weight = nn.Parameter(normal(12, 12, seed=3), requires_grad=False)
+
+    def forward(self, x: Tensor, factor: float = 1.0) -> Tensor:
+        """Doc of forward."""
+        return self.up(x @ self.weight) * factor * isinstance(self, __class__)  # type: ignore[name-defined]
+
+
+def test_a_block_looks_like_its_own_class() -> None:
+    block = Block()
+    state.set_block(block, True)
+    cls = type(block)
+    assert cls is not Block
+    assert isinstance(block, Block)
+    assert (cls.__name__, cls.__qualname__, cls.__module__) == ("Block", Block.__qualname__, Block.__module__)
+    assert cls.__doc__ == Block.__doc__
+    assert block.forward.__doc__ == "Doc of forward."
+    assert inspect.signature(block.forward) == inspect.signature(Block().forward)
+    assert state.base_class(block) is Block
+    other = Block()
+    state.set_block(other, True)
+    assert type(other) is cls, "one class, or no two blocks would share a graph"
+    state.set_block(block, True)
+    assert type(block) is cls
+    state.set_block(block, False)
+    assert type(block) is Block
+
+
+def test_a_block_runs_its_forward_through_what_it_was_given() -> None:
+    block, x = Block(), normal(3, 12, seed=1)
+    expected = block(x, factor=2.0)
+    state.set_block(block, True)
+    assert torch.equal(block(x, factor=2.0), expected), "on its own without"
+    seen: list[object] = []
+
+    def run(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> Tensor:
+        seen.append((module, args, kwargs))
+        return module.quaff_forward(*args, **kwargs)  # type: ignore[operator,no-any-return]
+
+    block.__dict__[state.RUN] = run
+    hooked: list[nn.Module] = []
+    with block.register_forward_hook(lambda module, *_: hooked.append(module)):
+        assert torch.equal(block(x, factor=2.0), expected)
+    assert torch.equal(block.forward(x, factor=2.0), expected), "also where the forward is called"
+    assert seen == [(block, (x,), {"factor": 2.0})] * 2
+    assert hooked == [block]
+
+
+def test_a_block_that_owns_an_int8_weight() -> None:
+    block, x = Block(), normal(3, 12, seed=1)
+    expected = block(x)
+    quantize(block, in_dim=0)
+    assert type(block).__name__ == "QuaffBlock"
+    state.set_block(block, True)
+    assert type(block).__name__ == "Block"
+    assert isinstance(block.weight, Int8Weight)
+    assert (block(x) - expected).norm() < 0.05 * expected.norm()
+    with pytest.raises(WeightError):
+        block.weight = torch.zeros(12, 12)
+    state.set_block(block, False)
+    assert type(block).__name__ == "QuaffBlock"
+    assert isinstance(block.weight, Int8Weight)
+    state.set_block(block, True)
+    state.restore([(block, "weight")])
+    assert type(block).__name__ == "Block"
+    assert isinstance(block.weight, nn.Parameter)
+    assert state.base_class(block) is Block
+    state.set_block(block, False)
+    assert type(block) is Block
 
 
 # --- moving, copying, saving -------------------------------------------------------------------------------------
@@ -495,14 +815,15 @@ def test_float32_state_stays_float32_and_the_weight_follows(
 
 
 @pytest.mark.parametrize("move", [lambda m: m.half(), lambda m: m.to(torch.bfloat16), lambda m: m.double()])
-def test_statistics_stay_float32(move: Callable[[nn.Module], nn.Module]) -> None:
+def test_scales_of_a_weight_that_was_loaded_stay_float32(move: Callable[[nn.Module], nn.Module]) -> None:
     module = frozen(nn.Linear(12, 8))
-    state.attach(module, {"weight": ObservedWeight(module.weight, 0.0)})
+    state.attach(module, {"weight": loaded(module.weight)})
     move(module)
-    (observed,) = state.states_of(module).values()
-    dtypes = {name: buffer.dtype for name, buffer in observed.named_buffers()}
-    assert dtypes.pop("in_dim_seen") == torch.int64
-    assert set(dtypes.values()) == {torch.float32}
+    (weight,) = state.states_of(module).values()
+    assert isinstance(weight, LoadedWeight)
+    assert (weight.w_int8.dtype, weight.w_scale.dtype) == (torch.int8, torch.float32)
+    assert weight.dtype == module.weight.dtype == module.bias.dtype
+    assert weight.loaded_dtype == torch.float32, "its columns are read again as they were"
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -548,17 +869,14 @@ def test_copies_are_equal_and_independent(copied: Callable[[nn.Module], nn.Modul
 
 
 @COPIES
-def test_an_observed_module_survives_a_copy(copied: Callable[[nn.Module], nn.Module]) -> None:
-    module = frozen(nn.Linear(12, 8))
-    state.attach(module, {"weight": ObservedWeight(module.weight, 7.0)})
-    (observed,) = state.states_of(module).values()
-    assert isinstance(observed, ObservedWeight)
-    observed.step_absmax += 1
-    observed.finish_step(2)
-    (other,) = state.states_of(copied(module)).values()
-    assert isinstance(other, ObservedWeight)
-    assert (other.steps, other.threshold) == (1, 7.0)
-    assert torch.equal(other.absmax_sum, observed.absmax_sum)
+def test_a_module_that_was_loaded_as_int8_survives_a_copy(copied: Callable[[nn.Module], nn.Module]) -> None:
+    module = frozen(Conv1D(12, 8))
+    state.attach(module, {"weight": loaded(module.weight, in_dim=0)})
+    (weight,), (other,) = (state.states_of(each).values() for each in (module, copied(module)))
+    assert isinstance(other, LoadedWeight)
+    assert (other.in_dim, other.rotation, other.dtype, other.source) == (0, 1, torch.float32, weight.source)
+    assert torch.equal(other.dequantized(), weight.dequantized())
+    assert other.w_int8 is not weight.w_int8
 
 
 @COPIES
@@ -579,6 +897,27 @@ def test_shared_outlier_state_stays_shared(
     first.outliers.next_smoothing_scale.fill_(9)
     second.outliers.commit()
     assert first.outliers.smoothing_scale.tolist() == [9, 9]
+
+
+@COPIES
+@pytest.mark.parametrize("is_int8", [False, True])
+def test_a_copy_of_a_block_runs_on_its_own(copied: Callable[[nn.Module], nn.Module], is_int8: bool) -> None:
+    """What runs the block belongs to its model, and is in no copy of the block alone."""
+    block, x = Block(), normal(3, 12, seed=1)
+    if is_int8:
+        quantize(block, in_dim=0)
+        quantize(block.up)
+    state.set_block(block, True)
+    expected = block(x)
+    block.__dict__[state.RUN] = pytest.fail
+    other = copied(block)
+    assert type(other) is type(block)
+    assert state.RUN not in other.__dict__
+    assert block.__dict__[state.RUN] is pytest.fail
+    assert torch.equal(other(x), expected)
+    assert len(state.int8_places(other)) == 2 * is_int8
+    state.set_block(other, False)
+    assert type(other).__name__ == ("QuaffBlock" if is_int8 else "Block")
 
 
 def test_state_dict_round_trip_is_bit_for_bit() -> None:
@@ -606,40 +945,7 @@ def test_a_quantized_state_dict_does_not_load_into_a_float_module_in_silence() -
         nn.Linear(12, 8).load_state_dict(quantized_linear().state_dict())
 
 
-# --- statistics and smoothing scale ------------------------------------------------------------------------------
-
-
-def test_a_step_folds_the_ranked_channels_in() -> None:
-    observed = ObservedWeight(torch.empty(3, 5), 0.0)
-    for absmax in ([1.0, 9.0, 2.0, 8.0, 0.0], [7.0, 9.0, 2.0, 1.0, 0.0]):
-        observed.start_step()
-        observed.step_absmax.copy_(torch.tensor(absmax))
-        observed.finish_step(2)
-    assert observed.hits.tolist() == [1, 2, 0, 1, 0]
-    assert observed.absmax_sum.tolist() == [8, 18, 4, 9, 0]
-    assert observed.steps == 2
-
-
-def test_a_step_with_a_threshold_folds_the_counts_in() -> None:
-    observed = ObservedWeight(torch.empty(3, 5), 100.0)
-    observed.step_count.copy_(torch.tensor([0.0, 3.0, 0.0, 1.0, 0.0]))
-    observed.finish_step(2)
-    assert observed.hits.tolist() == [0, 3, 0, 1, 0]
-
-
-def test_start_step_forgets_what_was_written_since() -> None:
-    observed = ObservedWeight(torch.empty(3, 5), 100.0)
-    observed.step_absmax += 5
-    observed.step_count += 5
-    observed.start_step()
-    observed.finish_step(2)
-    assert observed.hits.tolist() == observed.absmax_sum.tolist() == [0] * 5
-
-
-def test_statistics_fit_either_orientation_of_the_weight() -> None:
-    assert ObservedWeight(torch.empty(3, 5), 0.0).step_absmax.shape == (5,)
-    assert ObservedWeight(torch.empty(5, 3), 0.0).step_absmax.shape == (5,)
-    assert int(ObservedWeight(torch.empty(5, 3), 0.0).in_dim_seen) == ops.IN_DIM_UNSEEN
+# --- smoothing scale ---------------------------------------------------------------------------------------------
 
 
 def test_the_next_smoothing_scale_counts_only_after_commit() -> None:
@@ -650,3 +956,64 @@ def test_the_next_smoothing_scale_counts_only_after_commit() -> None:
     assert outliers.smoothing_scale.tolist() == [5, 6]
     outliers.next_smoothing_scale.zero_()
     assert outliers.smoothing_scale.tolist() == [5, 6], "committed is a copy"
+
+
+# --- statistics --------------------------------------------------------------------------------------------------
+
+
+def no_steps(*shape: int) -> Statistics:
+    weight = nn.Parameter(torch.empty(shape), requires_grad=False)
+    module = nn.Module()
+    module.weight = weight
+    return Statistics.none(Site("", "weight", module, shape, weight.dtype))
+
+
+def test_a_step_folds_the_ranked_channels_in() -> None:
+    statistics = no_steps(3, 5)
+    for absmax in ([1.0, 9.0, 2.0, 8.0, 0.0], [7.0, 9.0, 2.0, 1.0, 0.0]):
+        statistics = statistics.with_step(Seen(torch.tensor(absmax), in_dim=1), 2, 0.0)
+    assert statistics.hits.tolist() == [1, 2, 0, 1, 0]
+    assert statistics.absmax_sum.tolist() == [8, 18, 4, 9, 0]
+    assert (statistics.steps, statistics.in_dim) == (2, 1)
+
+
+def test_a_step_with_a_threshold_folds_the_counts_in() -> None:
+    count = torch.tensor([0.0, 3.0, 0.0, 1.0, 0.0])
+    statistics = no_steps(3, 5).with_step(Seen(torch.ones(5), count, in_dim=1), 2, 100.0)
+    assert statistics.hits.tolist() == [0, 3, 0, 1, 0]
+    assert statistics.absmax_sum.tolist() == [1] * 5
+
+
+def test_a_step_changes_no_statistics_of_before() -> None:
+    """Whatever interrupts the fold, what was folded before stays."""
+    before = no_steps(3, 5).with_step(Seen(torch.ones(5), in_dim=1), 2, 0.0)
+    after = before.with_step(Seen(torch.ones(5), in_dim=1), 2, 0.0)
+    assert before.absmax_sum.tolist() == [1] * 5
+    assert before.hits.sum() == 2
+    assert before.steps == 1
+    assert after.absmax_sum.tolist() == [2] * 5
+
+
+@pytest.mark.parametrize("seen", [None, Seen()])
+def test_a_step_in_which_nothing_reads_the_weight_counts_as_a_step(seen: Seen | None) -> None:
+    statistics = no_steps(3, 5).with_step(Seen(torch.ones(5), in_dim=1), 2, 0.0).with_step(seen, 2, 0.0)
+    assert statistics.absmax_sum.tolist() == [1] * 5
+    assert (statistics.steps, statistics.in_dim) == (2, 1)
+
+
+def test_statistics_fit_either_orientation_of_the_weight() -> None:
+    for shape in ((3, 5), (5, 3)):
+        statistics = no_steps(*shape)
+        assert statistics.hits.shape == statistics.absmax_sum.shape == (5,)
+        assert statistics.in_dim == ops.IN_DIM_UNSEEN
+        in_dim = shape.index(3)
+        step = statistics.with_step(Seen(torch.tensor([1.0, 3.0, 2.0]), in_dim=in_dim), 1, 0.0)
+        assert step.absmax_sum.tolist() == [1, 3, 2, 0, 0]
+        assert step.hits.tolist() == [0, 1, 0, 0, 0]
+
+
+def test_linears_over_both_dimensions_are_a_conflict_for_good() -> None:
+    statistics = no_steps(5, 5)
+    for in_dim, joined in ((ops.IN_DIM_UNSEEN, -1), (1, 1), (-1, 1), (0, 2), (1, 2)):
+        statistics = statistics.with_step(Seen(torch.ones(5), in_dim=in_dim), 1, 0.0)
+        assert statistics.in_dim == joined
