@@ -202,8 +202,11 @@ class QuantizedWeight(_KeepsFloat32):
         return ""
 
     def _current_version(self) -> int:
-        """Grows with every edit in place. Of weights that FSDP2 has sharded it says nothing: no rank sees them whole."""
-        return sum(part._version for part in self._parameters.values() if part is not None)
+        """Grows with every edit in place. Of weights that FSDP2 sharded it says nothing: no rank sees them whole."""
+        try:
+            return sum(part._version for part in self._parameters.values() if part is not None)
+        except RuntimeError:  # inference tensors, of a copy that was made in inference mode: they count none
+            return 0
 
     @torch.no_grad()
     def _current_sums(self) -> list[int]:
@@ -216,7 +219,7 @@ class QuantizedWeight(_KeepsFloat32):
 
     def __setstate__(self, values: dict[str, Any]) -> None:
         super().__setstate__(values)  # type: ignore[no-untyped-call]
-        self._versions = ()  # a copy counts its own, from zero: an edit of before would look like none
+        self._version = -1  # a copy counts its own, from zero: an edit of before would look like none
 
     def read(self) -> Tensor:
         """Returns the weight in the layout of the original parameter: a marker while traced, else an `Int8Weight`."""
