@@ -688,6 +688,19 @@ def test_a_weight_that_was_quantized_in_inference_mode_is_usable() -> None:
     assert quantized.reason_unusable() == ""
 
 
+def test_a_copy_that_was_made_in_inference_mode_is_usable() -> None:
+    module = quantized_linear()
+    with torch.inference_mode():
+        copied = copy.deepcopy(module)
+    (quantized,) = state.states_of(copied).values()
+    assert isinstance(quantized, QuantizedWeight)
+    assert quantized.w_int8.is_inference()
+    assert quantized.reason_unusable() == ""
+    x = normal(4, 12, seed=1)
+    with torch.no_grad():
+        assert torch.equal(copied(x), module(x))
+
+
 @pytest.mark.parametrize("strict", [True, False])
 @pytest.mark.parametrize("where", ["module", "parent"])
 def test_a_float_weight_does_not_load_into_an_int8_module(strict: bool, where: str) -> None:
@@ -696,11 +709,9 @@ def test_a_float_weight_does_not_load_into_an_int8_module(strict: bool, where: s
     parent = nn.Sequential(module)
     before = copy.deepcopy(module.state_dict())
     match = r"weight: is a float weight for one that is int8, expected the int8 one\. Call quaff_fx\.dequantize"
+    target, source = (module, nn.Linear(12, 8)) if where == "module" else (parent, nn.Sequential(nn.Linear(12, 8)))
     with pytest.raises(RuntimeError, match=match):
-        if where == "module":
-            module.load_state_dict(nn.Linear(12, 8).state_dict(), strict=strict)
-        else:
-            parent.load_state_dict(nn.Sequential(nn.Linear(12, 8)).state_dict(), strict=strict)
+        target.load_state_dict(source.state_dict(), strict=strict)
     after = module.state_dict()
     assert all(torch.equal(after[name], value) for name, value in before.items() if name.startswith("quaff_"))
 
