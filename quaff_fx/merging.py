@@ -232,16 +232,18 @@ def _owners(base: nn.Module, parts: list[_Part], stored: dict[str, StoredTensor]
             name = part.name_of(parameter)
             if part.is_adapted and name in tied:
                 raise CheckpointError(
-                    f"{name}: is tied to {tied[name]}, expected an adapter on a weight of one place only: the files "
+                    f"{name}: is tied to {tied[name][0]}, expected an adapter on a weight of one place only: the files "
                     f"hold it once. {_DEQUANTIZE}"
                 )
+            if name not in by_name and any(other in by_name for other in tied.get(name, ())):
+                continue
             if name not in by_name:
                 if part.is_adapted or state.states_of(part.base):
                     raise CheckpointError(
                         f"{name}: is not in {source}{checkpoint._near(name, by_name)}, expected every weight that an "
                         "adapter changes. Pass the folder that the model was made from."
                     )
-                if name not in tied and not is_renamed:
+                if not is_renamed:
                     raise CheckpointError(
                         f"{name}: is not in {source}, expected every weight of the model: a copy would lack it too. "
                         "Fetch or save the checkpoint again."
@@ -264,16 +266,16 @@ def _owners(base: nn.Module, parts: list[_Part], stored: dict[str, StoredTensor]
     return owners
 
 
-def _tied(base: nn.Module) -> dict[str, str]:
-    """The weights that more than one module owns, each by the name of another one."""
+def _tied(base: nn.Module) -> dict[str, list[str]]:
+    """The weights that have more than one name, as parameters or in int8, each with its other ones."""
     names: dict[int, list[str]] = {}
     for prefix, module in base.named_modules(remove_duplicate=False):
-        for parameter, weight in module._parameters.items():
+        for parameter, weight in (*module._parameters.items(), *state.states_of(module).items()):
             if weight is not None:
                 parts = [part for part in prefix.split(".") if part not in ("", "base_layer", "original_module")]
                 names.setdefault(id(weight), []).append(".".join([*parts, parameter]))
     same = [sorted(set(names)) for names in names.values()]
-    return {name: next(n for n in names if n != name) for names in same if len(names) > 1 for name in names}
+    return {name: [n for n in names if n != name] for names in same if len(names) > 1 for name in names}
 
 
 def _shape(module: nn.Module, parameter: str) -> tuple[int, ...]:

@@ -129,6 +129,30 @@ class TestIntoTheCheckpoint:
                 assert load_file(output / name).keys() == load_file(source / name).keys()
         assert [path.name for path in output.parent.iterdir()] == ["output"]
 
+    @pytest.mark.parametrize("is_int8", [False, True])
+    def test_a_frozen_weight_that_two_modules_share_is_stored_once(self, tmp_path, is_int8):
+        def shared() -> nn.Module:
+            torch.manual_seed(0)
+            net = nn.Sequential(*(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)) for _ in range(2)))
+            net[1][0].weight = net[0][0].weight
+            return net.requires_grad_(False)
+
+        source, tensors = tmp_path / "source", {n: t.clone() for n, t in shared().state_dict().items()}
+        source.mkdir()
+        del tensors["1.0.weight"]
+        save_file(tensors, source / "model.safetensors")
+        model = shared()
+        if is_int8:
+            with torch.device("meta"):
+                model = shared()
+            quaff_fx.load_checkpoint(model, source, QUIET)
+        model = as_if_trained(get_peft_model(model, LoraConfig(r=2, target_modules=["0.1", "1.1"])))
+        quaff_fx.merge_into_checkpoint(model, source, tmp_path / "output", progress=False)
+        merged = weights_of(tmp_path / "output")
+        assert merged.keys() == tensors.keys()
+        changed = {name for name in merged if not torch.equal(merged[name], tensors[name])}
+        assert changed == {"0.1.weight", "1.1.weight"}
+
     @pytest.mark.parametrize("name", ["LoRA", "DoRA", "IA3"])
     def test_in_bfloat16_it_is_pefts_result_bit_for_bit(self, tmp_path, name):
         source = tmp_path / "source"
