@@ -575,10 +575,12 @@ def test_dora_on_a_loaded_weight_takes_the_norm_of_the_int8_one(tmp_path):
 def test_a_forward_past_the_blocks_leaves_the_weights_int8(tmp_path):
     model = lora(loaded_llama(saved(tmp_path)))
     quaff_fx.compile(model, QUIET)
-    with pytest.raises(quaff_fx.errors.CalibrationError, match="reached none of the compiled blocks"):
-        quaff_fx.api.stages_of(model).observe_step(lambda: None)
+    with pytest.raises(quaff_fx.errors.CalibrationError, match="forward: read none of the frozen weights"):
+        quaff_fx.calibrate(model, [{}], forward=lambda *_: None)
     assert len(states(model, LoadedWeight)) == 14
-    quaff_fx.compile(model, QUIET)
+    assert quaff_fx.explain(model).steps == 0
+    quaff_fx.calibrate(model, [token_ids()])
+    assert len(states(model, QuantizedWeight)) == 14
 
 
 # --- bad input ---------------------------------------------------------------------------------------------------
