@@ -100,7 +100,8 @@ def _path(folder_or_file: PathLike) -> Path:
 
 def _taken_from(model: nn.Module) -> SavedState:
     stages = stages_of(model)
-    stages.settle()
+    with torch.no_grad():  # a conversion may be due; smoothing scales are committed by the next training forward alone
+        stages.settle()
     tensors: dict[str, Tensor] = {}
     if stages.stage == "observe":
         _check_one_process()
