@@ -33,8 +33,27 @@ VALUE_READS = {
 # fmt: on
 """Names of functions that compute from values one by one, or reduce them."""
 
-METADATA = {"empty_like", "new_empty", "new_full", "new_ones", "new_zeros", "ones_like", "zeros_like"}
+PRODUCTS = {
+    *("linear", "matmul", "mm", "addmm", "bmm", "baddbmm", "_grouped_mm", "grouped_mm", "einsum"),
+}
+"""Names of functions that multiply by a weight, each value of whose result is a sum over one dimension of it."""
+CONVOLUTIONS = {"conv1d", "conv2d", "conv3d"}
+"""Names of functions each value of whose result is a sum over all but the first dimension of a weight."""
+LAYERS = {
+    *("lstm", "gru", "rnn_tanh", "rnn_relu", "lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell"),
+    *("multi_head_attention_forward", "bilinear"),
+}
+"""Names of functions that multiply each token of their first operand by all of a weight, among other things."""
+
+METADATA = {
+    *("empty_like", "full_like", "ones_like", "rand_like", "randint_like", "randn_like", "zeros_like"),
+    *("new_empty", "new_full", "new_ones", "new_tensor", "new_zeros", "requires_grad_"),
+}
 """Names of functions that take the shape, dtype and device of a tensor, and none of its values."""
+METADATA_OF_OTHER = {"to", "type_as", "view_as", "reshape_as", "expand_as"}
+"""Names of functions that take these of their second operand, and none of its values."""
+EDITS = {"setitem", "set_data"}
+"""Names of functions that edit their first operand and give nothing."""
 
 
 def is_call(node: object, *targets: object) -> bool:
@@ -74,10 +93,14 @@ def is_transpose(name: str, rest: Sequence[object], kwargs: Mapping[str, object]
 
 
 def function_name(func: object) -> str:
-    """Returns the name of a function as `__torch_function__` gets it: ``add`` of ``__radd__``, ``data`` of its getter."""
+    """Returns the name of a function as `__torch_function__` gets it: ``add`` of ``__radd__``.
+
+    A property is called by its own name, ``data``, where it is read, and ``set_data`` where it is set.
+    """
     name = str(getattr(func, "__name__", func))
-    if name == "__get__":
-        return str(getattr(getattr(func, "__self__", None), "__name__", name))
+    if name in ("__get__", "__set__"):
+        of = str(getattr(getattr(func, "__self__", None), "__name__", name))
+        return of if name == "__get__" else f"set_{of}"
     if not (name.startswith("__") and name.endswith("__")):
         return name
     bare = name.strip("_")

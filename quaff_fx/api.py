@@ -58,7 +58,12 @@ def compile(model: Model, config: QuaffConfig | Mapping[str, Any] | None = None)
     sites = find_sites(model, config)
     blocks = choose_blocks(model, sites, config)
     check_loaded(sites)
-    Stages(model, config, sites, blocks or [model])
+    stages = Stages(model, config, sites, blocks or [model])
+    try:
+        stages.install()
+    except BaseException:
+        stages.uninstall()
+        raise
     return model
 
 
@@ -74,24 +79,30 @@ def calibrate(model: Model, batches: Iterable[Any], *, forward: Callable[[Model,
         CalibrationError: there was no batch, the model was converted before, or an activation was not finite.
     """
     stages = stages_of(model)
-    stages.settle()
+    if stages.is_converting:  # an earlier call was interrupted when all had been observed
+        stages.settle()
+        return model
     if stages.stage != "observe":
         raise CalibrationError(
             "model: was calibrated before: its weights are int8 already, expected a model that is still observed. "
             "Calibrate before training."
         )
     run = forward or _forward
-    was_training = model.training
+    before, was_training = stages.calibration, model.training
     model.eval()
     try:
         with torch.no_grad(), hosts.without_kv_cache(model):
             for batch in tqdm(batches, desc="quaff_fx: calibrating", disable=not stages.config.progress, leave=False):
                 stages.observe_now(lambda batch=batch: run(model, batch))  # type: ignore[misc]
+        if stages.steps == 0:
+            raise CalibrationError("batches: are empty, expected at least one. Pass some batches of the training data.")
+        stages.convert()
+    except BaseException:
+        if not stages.is_converting:  # another call begins anew
+            stages.calibration = before
+        raise
     finally:
         model.train(was_training)
-    if stages.steps == 0:
-        raise CalibrationError("batches: are empty, expected at least one. Pass some batches of the training data.")
-    stages.convert()
     return model
 
 

@@ -69,9 +69,20 @@ def is_compiled(module: nn.Module) -> bool:
     return module._compiled_call_impl is not None or isinstance(module, torch._dynamo.eval_frame.OptimizedModule)
 
 
+def current_backward() -> int:
+    """Returns the number of the backward that this thread is in, -1 outside of any."""
+    return int(torch._C._current_graph_task_id())
+
+
 def is_in_backward() -> bool:
     """Tells whether this thread is in a backward: activation checkpointing replays forwards there."""
-    return torch._C._current_graph_task_id() != -1
+    return current_backward() != -1
+
+
+def after_backward(then: Callable[[], None]) -> None:
+    """Calls `then` when the backward that this thread is in has run to its end; never if it fails."""
+    torch.autograd.Variable._execution_engine.queue_callback(then)  # type: ignore[attr-defined]
+
 
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -91,9 +102,17 @@ def hooked_module(block: nn.Module) -> nn.Module | None:
         if module is None:
             continue
         own = module.__dict__
-        if own.get("_forward_hooks") or own.get("_forward_pre_hooks") or own.get("_backward_hooks") or own.get("_backward_pre_hooks"):
-            if not all(hosts.is_idle_hook(hook) for name in _HOOKS for hook in own.get(name, {}).values()):
+        # Written out, since every module of every block passes here in every call.
+        if (
+            own.get("_forward_hooks")
+            or own.get("_forward_pre_hooks")
+            or own.get("_backward_hooks")
+            or own.get("_backward_pre_hooks")
+        ):
+            hooks = [hook for name in _HOOKS for hook in own.get(name, {}).values()]
+            if not all(map(hosts.is_idle_hook, hooks)):
                 return module
+            hosts.hide_idle_hooks(module)
         modules.extend(module._modules.values())
     return None
 

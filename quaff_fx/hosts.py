@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -139,15 +140,42 @@ def without_kv_cache(model: nn.Module) -> Iterator[None]:
 
 
 def is_idle_hook(hook: Any) -> bool:
-    """Tells whether a forward hook is one of transformers' for capturing outputs, and nothing is captured now.
+    """Tells whether a forward hook is one of transformers' for capturing outputs, of a kind that nobody asks for now.
 
     The first call with ``output_attentions=True`` or the like leaves them on every layer for good; they do nothing
     outside such calls.
     """
     capturing = sys.modules.get("transformers.utils.output_capturing")
+    hook = getattr(hook, "_quaff_hidden", hook)
     if capturing is None or getattr(hook, "__module__", None) != capturing.__name__:
         return False
-    return capturing._active_collector.get() is None
+    collected = capturing._active_collector.get()
+    return not collected or inspect.getclosurevars(hook).nonlocals.get("key") not in (None, *collected)
+
+
+def hide_idle_hooks(module: nn.Module) -> None:
+    """Makes the hooks that `is_idle_hook` tells of do nothing while they are traced: Dynamo would break the graph there.
+
+    What is compiled runs only while they are idle.
+    """
+    for key, hook in module._forward_hooks.items():
+        if not hasattr(hook, "_quaff_hidden") and is_idle_hook(hook):
+            module._forward_hooks[key] = _hidden(hook)
+
+
+def show_hooks(model: nn.Module) -> None:
+    """Takes back what `hide_idle_hooks` did, in all of `model`."""
+    for module in model.modules():
+        for key, hook in module._forward_hooks.items():
+            module._forward_hooks[key] = getattr(hook, "_quaff_hidden", hook)
+
+
+def _hidden(hook: Any) -> Any:
+    def hidden(*args: Any) -> Any:
+        return None if torch.compiler.is_compiling() else hook(*args)
+
+    hidden._quaff_hidden = hook  # type: ignore[attr-defined]
+    return hidden
 
 
 # --- torch ----------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -150,7 +151,8 @@ class Observer(TorchFunctionMode):
         if isinstance(tensor, Int8Weight):
             site = self._sites.get(id(tensor._state))
             return None if site is None else (site, False)
-        if (site := self._sites.get(id(tensor))) is not None:
+        site = self._sites.get(id(tensor))
+        if site is not None and site.module._parameters.get(site.parameter) is tensor:  # not one that took its id
             return site, False
         found: tuple[Site, bool] | None = self._transposed.get(tensor) if self._transposed else None
         return found
@@ -166,25 +168,29 @@ class Observer(TorchFunctionMode):
         name = matching.function_name(func)
         operands = product_operands(func, args, kwargs)
         for tensor, (site, transposed) in weights:
+            is_first = bool(args) and args[0] is tensor
+            is_viewed = is_first and isinstance(result, Tensor)
             if operands is not None and operands[1] is tensor and operands[0] is not tensor:
                 in_dim = operands[3] if not transposed else 1 - operands[3]
                 self._observe(site, in_dim, operands[0])
-            elif isinstance(result, Tensor) and name in (*matching.COPIES, "data") and result.is_floating_point():
+            elif is_viewed and name in (*matching.COPIES, "data") and result.is_floating_point():
                 self._transposed[result] = (site, transposed)
-            elif isinstance(result, Tensor) and matching.is_transpose(name, args[1:], kwargs):
+            elif is_viewed and matching.is_transpose(name, args[1:], kwargs):
                 self._transposed[result] = (site, not transposed)
-            elif name not in matching.METADATA and not _is_number(result):
+            elif (is_first and name in matching.EDITS) or kwargs.get("out") is tensor:
+                self._note_reader(site, name, is_edit=True)
+            elif not _reads_no_values(name, is_first, result):
                 self._note_reader(site, name)
+            if name in matching.PRODUCTS | matching.CONVOLUTIONS | matching.LAYERS:
+                x = operands[0] if operands is not None else _operand_beside(tensor, list(_tensors(args, kwargs)))
+                self.multiply_adds[site.weight_name] += _multiply_adds(site, name, args[0], x, result)
+            elif isinstance(result, Tensor) and len(site.shape) > 2:  # one expert of several
+                self._transposed[result] = (site, transposed)
 
     def _observe(self, site: Site, in_dim: int, x: Tensor) -> None:
-        if site.weight_name not in self.seen and not site.reason:
-            self.seen[site.weight_name] = Seen()
-        if isinstance(x, Tensor) and len(site.shape) == 2:
-            tokens = x.numel() // max(1, site.shape[in_dim])
-            self.multiply_adds[site.weight_name] += tokens * site.shape[0] * site.shape[1]
         if site.reason:
             return
-        seen = self.seen[site.weight_name]
+        seen = self.seen.setdefault(site.weight_name, Seen())
         if seen.in_dim not in (IN_DIM_UNSEEN, in_dim):
             seen.in_dim, seen.absmax = IN_DIM_CONFLICT, None
             return
@@ -197,11 +203,11 @@ class Observer(TorchFunctionMode):
             count = (magnitude > self.threshold * magnitude.mean()).sum(dim=0).float()
             seen.count = count if seen.count is None else torch.maximum(seen.count, count)
 
-    def _note_reader(self, site: Site, name: str) -> None:
+    def _note_reader(self, site: Site, name: str, is_edit: bool = False) -> None:
         if site.reason:
             return
         seen = self.seen.setdefault(site.weight_name, Seen())
-        if name in matching.VALUE_READS:
+        if name in matching.VALUE_READS and not is_edit:
             seen.readers[name] = "reads its values"
         else:
             seen.readers[name] = "uses it in another way"
@@ -217,9 +223,34 @@ def _tensors(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[Tenso
             yield from (item for item in value if isinstance(item, Tensor))
 
 
-def _is_number(result: Any) -> bool:
-    """Tells whether a result holds no values of a weight: a shape, a dtype, a flag."""
-    return not isinstance(result, (Tensor, list, tuple)) or isinstance(result, torch.Size)
+def _operand_beside(weight: Tensor, tensors: list[Tensor]) -> Tensor:
+    """What a product multiplies `weight` by: the tensor before it, or behind it if it comes first."""
+    index = next(index for index, tensor in enumerate(tensors) if tensor is weight)
+    return tensors[index - 1] if index else tensors[-1]
+
+
+def _multiply_adds(site: Site, name: str, first: Any, x: Tensor, result: Any) -> int:
+    """How many multiply-adds a product takes, `first` being its first argument."""
+    if name in matching.LAYERS:
+        return int(first.numel() // max(1, first.shape[-1]) * math.prod(site.shape))
+    return int(result.numel() * (math.prod(site.shape[1:]) if name in matching.CONVOLUTIONS else x.shape[-1]))
+
+
+_PLAIN = (int, float, str, type(None), torch.dtype, torch.device, torch.layout)
+
+
+def _reads_no_values(name: str, is_first: bool, result: Any) -> bool:
+    """Tells whether a call takes the form of a weight alone: a shape, a dtype, a flag, a tensor like it."""
+    if name in matching.METADATA or (name in matching.METADATA_OF_OTHER and not is_first):
+        return True
+    if name in _GIVES_MEMORY:
+        return False
+    parts = result if isinstance(result, tuple) else (result,)
+    return all(isinstance(part, _PLAIN) for part in parts)
+
+
+_GIVES_MEMORY = {"data_ptr"}
+"""Names of functions that give the memory of a tensor away as a number, which an int8 weight does not have."""
 
 
 def loaded_weight(site: Site) -> LoadedWeight | None:

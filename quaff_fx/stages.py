@@ -23,7 +23,7 @@ from quaff_fx.convert import Plan
 from quaff_fx.errors import CalibrationError, QuaffWarning, WeightError
 from quaff_fx.observe import Observer, Statistics
 from quaff_fx.sites import Site, callers_of
-from quaff_fx.state import OutlierState, QuantizedWeight, WeightState
+from quaff_fx.state import QuantizedWeight, WeightState
 
 ATTRIBUTE = "_quaff"
 """A compiled model, and every module through which a forward reaches its blocks, carries its `Stages` under this name."""
@@ -52,22 +52,45 @@ class Calibration:
 
 
 class _Awaited:
-    """A forward whose backward has not run yet. The graph of its outputs keeps it alive, and runs it in backward."""
+    """A forward whose backward has not run to its end. The graph of its outputs keeps it alive, and calls it.
+
+    A backward that is interrupted was none: the forward may be backpropagated again, or thrown away.
+    """
 
     def __init__(self, then: Callable[[], None]) -> None:
         self.then: Callable[[], None] | None = then
+        self.backward = -1
 
     def __call__(self, _: Tensor) -> None:
-        then, self.then = self.then, None
-        if then is not None:
-            then()
+        if self.backward != (backward := calls.current_backward()):  # not for each of its outputs
+            self.backward = backward
+            calls.after_backward(self._finish)
+
+    def _finish(self) -> None:
+        if self.then is not None:
+            self.then()
+            self.then = None
 
 
 class _Here(threading.local):
-    """What this thread is doing: how deep in calls of the model it is, and what watches the blocks that it calls."""
+    """What this thread is doing.
 
-    depth = 0
+    Attributes:
+        forward: alive while the thread is in a forward, also if what should end it was interrupted.
+        loose: what watches the blocks that it calls on their own.
+    """
+
+    forward: weakref.ref[_Forward] | None = None
     loose: _Loose | None = None
+
+    @property
+    def is_inside(self) -> bool:
+        """Whether this thread is in a forward."""
+        return self.forward is not None and self.forward() is not None
+
+
+class _Forward:
+    """One forward, while it runs."""
 
 
 class Stages:
@@ -95,7 +118,6 @@ class Stages:
         self.calibration = Calibration()
         self._plan: Plan | None = None
         self._start_here()
-        self.install()
 
     @property
     def steps(self) -> int:
@@ -106,15 +128,21 @@ class Stages:
         """The sites that are observed or quantized."""
         return [site for site in self.sites if not site.reason]
 
+    @property
+    def is_converting(self) -> bool:
+        """Whether a conversion was interrupted, which `settle` goes on with."""
+        return self._plan is not None
+
     def weight_state(self, site: Site) -> WeightState | None:
         """The state of a site's weight, None if it is float."""
         return state.states_of(site.module).get(site.parameter)
 
     # --- calls ------------------------------------------------------------------------------------------------------
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # where `torch.compile` was put around the model
     def run(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Runs a call of the model, or of a module between it and its blocks."""
-        if self._here.depth or calls.is_in_backward():
+        if self._here.is_inside or calls.is_in_backward():
             return calls.call_itself(module, args, kwargs)
         hosts.guard_peft()  # here too: PEFT may be imported after `compile`
         self._here.loose = None
@@ -139,7 +167,7 @@ class Stages:
 
     def run_block(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Runs a block's forward: compiled, or eagerly where a graph would do other things than the block's code."""
-        if not (self._here.depth or calls.is_in_backward()):
+        if not (self._here.is_inside or calls.is_in_backward()):
             return self._run_loose(block, args, kwargs)
         if self.stage == "observe" or (hosts.has_kv_cache((*args, *kwargs.values())) and not torch.is_grad_enabled()):
             # A cache is indexed by the layer, so each layer would compile graphs of its own. Eager products are int8 as
@@ -180,12 +208,13 @@ class Stages:
     @contextlib.contextmanager
     def _entered(self) -> Iterator[None]:
         """While this thread runs a forward."""
+        forward = _Forward()
         with self._gate.entered():
-            self._here.depth += 1
             try:
+                self._here.forward = weakref.ref(forward)
                 yield
             finally:
-                self._here.depth -= 1
+                self._here.forward = None
 
     # --- observe ----------------------------------------------------------------------------------------------------
 
@@ -269,10 +298,10 @@ class Stages:
         multiply_adds = {
             name: before.multiply_adds.get(name, 0) + observer.multiply_adds.get(name, 0) for name in sorted(names)
         }
-        self.calibration = Calibration(before.steps + 1, statistics, multiply_adds, readers)
         self._unheard = 0
         if show:
             self._show_progress()
+        self.calibration = Calibration(before.steps + 1, statistics, multiply_adds, readers)
 
     def _tell_if_unheard(self) -> None:
         """Warns, once, when forwards with gradients go on without a backward: then nothing ever becomes int8."""
@@ -336,7 +365,7 @@ class Stages:
 
     def commit(self) -> None:
         """Commits the smoothing scales that the last training forward wrote."""
-        for outliers in {id(o): o for o in self._outlier_states()}.values():
+        for outliers in {id(weight.outliers): weight.outliers for _, weight in self._int8}.values():
             outliers.commit()
 
     def _is_committing(self) -> bool:
@@ -344,11 +373,10 @@ class Stages:
         return self.stage == "quantize" and self.config.smoothing == "momentum"
 
     def _check_weights(self) -> None:
-        for site in self.sites:
-            weight = self.weight_state(site)
-            if isinstance(weight, QuantizedWeight) and (reason := weight.reason_unusable()):
+        for name, weight in self._int8:
+            if reason := weight.reason_unusable():
                 raise WeightError(
-                    f"{site.weight_name}: is int8 and {reason}, expected a frozen weight that stays as it is. To train "
+                    f"{name}: is int8 and {reason}, expected a frozen weight that stays as it is. To train "
                     "it, call quaff_fx.dequantize(model), unfreeze it and compile again (or unfreeze it before "
                     "quaff_fx.compile); an average of weights must leave out what does not require a gradient."
                 )
@@ -356,12 +384,13 @@ class Stages:
     # --- installation -----------------------------------------------------------------------------------------------
 
     def install(self) -> None:
-        """Installs the calls of the current stage."""
+        """Installs the calls of the current stage in the model. Until the first time it is as it was."""
         hosts.guard_peft()
-        is_int8 = self.stage == "quantize"
-        self._compiled = (
-            calls.compiled_forward(QuantizeBackend(self.graphs, calls.RECOMPILE_LIMIT)) if is_int8 else None
-        )
+        self._compiled, self._int8 = None, []
+        if self.stage == "quantize":
+            self._compiled = calls.compiled_forward(QuantizeBackend(self.graphs, calls.RECOMPILE_LIMIT))
+            weights = [(site.weight_name, self.weight_state(site)) for site in self.active_sites()]
+            self._int8 = [(name, weight) for name, weight in weights if isinstance(weight, QuantizedWeight)]
         for block in self.blocks:
             state.set_block(block, True)
             block.__dict__[state.RUN] = self.run_block
@@ -380,13 +409,10 @@ class Stages:
             for block in self.blocks:
                 block.__dict__.pop(state.RUN, None)
                 state.set_block(block, False)
+            hosts.show_hooks(self.model)
             for module in reversed(self.callers):  # the model last: until then it can be called again
                 calls.uninstall(module)
                 module.__dict__.pop(ATTRIBUTE, None)
-
-    def _outlier_states(self) -> list[OutlierState]:
-        states = [self.weight_state(site) for site in self.active_sites()]
-        return [weight.outliers for weight in states if isinstance(weight, QuantizedWeight)]
 
     def _threshold(self) -> float:
         return self.config.outlier_threshold if self.config.outlier_rule == "mean_multiple" else 0.0
@@ -429,14 +455,13 @@ class Stages:
         )
 
     def _show_progress(self) -> None:
+        """Shows that one more step is done."""
+        total, done = self.config.calibration_steps, self.steps + 1
         if self._bar is None:
-            total = self.config.calibration_steps
-            done = self.steps - 1
-            self._bar = tqdm(
-                total=total, initial=done, desc="quaff_fx: calibrating", disable=not self.config.progress, leave=False
-            )
-        self._bar.update()
-        if self.steps >= self.config.calibration_steps:
+            name = "quaff_fx: calibrating"
+            self._bar = tqdm(total=total, initial=self.steps, desc=name, disable=not self.config.progress, leave=False)
+        self._bar.update(done - self._bar.n)
+        if done >= total:
             self._close_bar()
 
     def _close_bar(self) -> None:
@@ -450,6 +475,7 @@ class Stages:
         """Makes what belongs to this process and to this model alone."""
         self.graphs: list[CompiledGraph] = []
         self._compiled: Callable[..., Any] | None = None
+        self._int8: list[tuple[str, QuantizedWeight]] = []
         self._bar: tqdm[Any] | None = None
         self._gate = calls.Gate()
         self._here = _Here()

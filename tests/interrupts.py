@@ -1,0 +1,278 @@
+"""Ctrl-C before every line of the product, in all that changes a model: the next call has to go on as if nothing was.
+
+Each program runs once undisturbed, then once for each line of the product that it runs (the first and the last time that
+it does), interrupted there; what was interrupted is called again, as a person does in a notebook. The result has to be
+that of the undisturbed run, bit for bit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import quaff_fx
+from quaff_fx import api, calls, convert, int8_weight, observe, saved_state, sites, snapshot, stages, state
+from quaff_fx.stages import ATTRIBUTE
+
+FILES = {
+    module.__file__
+    for module in (api, calls, convert, int8_weight, observe, saved_state, sites, snapshot, stages, state)
+}
+CONFIG = {"calibration_steps": 2, "progress": False}
+
+
+@dataclass
+class Counts:
+    """How many interrupts there were, after how many the result was wrong, and where."""
+
+    cases: int = 0
+    wrong: int = 0
+    examples: list[str] = field(default_factory=list)
+
+
+class Block(nn.Module):
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.up = nn.Linear(size, 2 * size).requires_grad_(False)
+        self.down = nn.Linear(2 * size, size).requires_grad_(False)
+        self.gain = nn.Parameter(torch.ones(2 * size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(self.up(x).relu() * self.gain)
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = nn.ModuleList(Block(32) for _ in range(2))
+        self.shared = nn.ModuleList([Block(32), Block(32)])
+        self.shared[1].up.weight = self.shared[0].up.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in (*self.blocks, *self.shared):
+            x = block(x)
+        return x
+
+
+def batch(number: int) -> Tensor:
+    return torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(number))
+
+
+def compiled() -> Net:
+    return quaff_fx.compile(Net(), CONFIG)
+
+
+def converted() -> Net:
+    return quaff_fx.calibrate(compiled(), [batch(0), batch(1)])
+
+
+Again = Callable[[Callable[[], Any]], Any]
+"""Calls a function until it is not interrupted any more."""
+
+
+def train(again: Again) -> nn.Module:
+    """Calibration by steps, the conversion, a step in int8."""
+    model = compiled()
+
+    def step(number: int) -> None:
+        model.zero_grad()
+        model(batch(number)).square().mean().backward()
+
+    for number in range(3):
+        again(lambda number=number: step(number))
+    return model
+
+
+def train_by_blocks(again: Again) -> nn.Module:
+    """The same by code that calls the blocks on their own."""
+    model = compiled()
+
+    def step(number: int) -> None:
+        model.zero_grad()
+        x = batch(number)
+        for block in (*model.blocks, *model.shared):
+            x = block(x)
+        x.square().mean().backward()
+
+    for number in range(3):
+        again(lambda number=number: step(number))
+    return model
+
+
+def calibrate(again: Again) -> nn.Module:
+    """`calibrate` on two batches."""
+    model = compiled()
+    again(lambda: quaff_fx.calibrate(model, [batch(0), batch(1)]))
+    return model
+
+
+def compile_(again: Again) -> nn.Module:
+    """`compile` of a float model."""
+    model = Net()
+    again(lambda: quaff_fx.compile(model, CONFIG))
+    return quaff_fx.calibrate(model, [batch(0)])
+
+
+def dequantize(again: Again) -> nn.Module:
+    """`dequantize` of an int8 model; a second call of one that is done says that nothing is compiled."""
+    model = converted()
+
+    def to_float() -> None:
+        if any(ATTRIBUTE in module.__dict__ or state.states_of(module) for module in model.modules()):
+            quaff_fx.dequantize(model)
+
+    again(to_float)
+    return model
+
+
+def save(again: Again) -> nn.Module:
+    """`save_state` in both stages, and what the files hold on a new model."""
+    with tempfile.TemporaryDirectory() as folder:
+        model = compiled()
+        again(lambda: quaff_fx.save_state(model, folder))
+        quaff_fx.calibrate(model, [batch(0)])
+        again(lambda: quaff_fx.save_state(model, folder))
+        assert [path.name for path in Path(folder).iterdir()] == [snapshot.FILE]
+        other = compiled()
+        quaff_fx.load_state(other, folder)
+    return other
+
+
+def load(again: Again) -> nn.Module:
+    """`load_state` of a converted state into a new model, and then into the same one."""
+    saved = quaff_fx.state_dict(converted())
+    model = compiled()
+    again(lambda: quaff_fx.load_state_dict(model, saved))
+    again(lambda: quaff_fx.load_state_dict(model, saved))
+    return model
+
+
+def load_statistics(again: Again) -> nn.Module:
+    """`load_state` of a state that was saved while the model was calibrating."""
+    first = compiled()
+    first(batch(0)).square().mean().backward()
+    saved = quaff_fx.state_dict(first)
+    model = compiled()
+    again(lambda: quaff_fx.load_state_dict(model, saved))
+    model(batch(1)).square().mean().backward()
+    with torch.no_grad():
+        model(batch(2))
+    return model
+
+
+PROGRAMS = (train, train_by_blocks, calibrate, compile_, dequantize, save, load, load_statistics)
+
+
+def outcome(program: Callable[[Again], nn.Module], again: Again) -> dict[str, Any]:
+    """What a program leaves: tensors, gradients, classes, the choice for each weight and how often it was seen."""
+    # Eagerly, since compiling each time would take minutes; what is interrupted is not Inductor's.
+    with torch.compiler.set_stance("force_eager"):
+        model = program(again)
+    found: dict[str, Any] = dict(model.state_dict())
+    found |= {f"{name}.grad": p.grad for name, p in model.named_parameters() if p.grad is not None}
+    found |= {f"{name} class": type(module).__name__ for name, module in model.named_modules()}
+    found["ties"] = len(list(model.parameters()))
+    if any(ATTRIBUTE in module.__dict__ for module in model.modules()):
+        found["explained"] = str(quaff_fx.explain(model))
+        found["steps"] = quaff_fx.explain(model).steps
+    found["output"] = model(batch(9)).detach() if not any(map(state.states_of, model.modules())) else None
+    return found
+
+
+def is_equal(left: dict[str, Any], right: dict[str, Any]) -> bool:
+    return left.keys() == right.keys() and all(
+        torch.equal(value, right[key]) if isinstance(value, Tensor) else value == right[key]
+        for key, value in left.items()
+    )
+
+
+def lines_of(program: Callable[[Again], nn.Module]) -> list[int]:
+    """The numbers of the lines at which to interrupt: of each line of the product its first and its last time."""
+    seen: dict[tuple[str, int], list[int]] = {}
+    count = 0
+
+    def trace(frame: FrameType, event: str, _: Any) -> Any:
+        nonlocal count
+        if frame.f_code.co_filename not in FILES:
+            return None
+        if event == "line":
+            seen.setdefault((frame.f_code.co_filename, frame.f_lineno), []).append(count)
+            count += 1
+        return trace
+
+    def again(call: Callable[[], Any]) -> Any:
+        with tracing(trace):
+            return call()
+
+    outcome(program, again)
+    return sorted({number for numbers in seen.values() for number in (numbers[0], numbers[-1])})
+
+
+@contextlib.contextmanager
+def tracing(trace: Any) -> Any:
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        yield
+    finally:
+        sys.settrace(before)
+
+
+def interrupted(program: Callable[[Again], nn.Module], number: int) -> tuple[dict[str, Any], str]:
+    """What a program leaves that is interrupted before the line of this number, and where that was."""
+    count, where = 0, ""
+
+    def trace(frame: FrameType, event: str, _: Any) -> Any:
+        nonlocal count, where
+        if frame.f_code.co_filename not in FILES:
+            return None
+        if event == "line":
+            count += 1
+            if count - 1 == number:
+                where = f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
+                sys.settrace(None)
+                raise KeyboardInterrupt
+        return trace
+
+    def again(call: Callable[[], Any]) -> Any:
+        if where:
+            return call()
+        try:
+            with tracing(trace):
+                return call()
+        except KeyboardInterrupt:
+            return call()
+
+    return outcome(program, again), where
+
+
+def run(programs: tuple[Callable[[Again], nn.Module], ...] = PROGRAMS, every: int = 1) -> Counts:
+    """Interrupts each program at every line, or at each of `every` of them."""
+    counts = Counts()
+    for program in programs:
+        expected = outcome(program, lambda call: call())
+        for number in lines_of(program)[::every]:
+            counts.cases += 1
+            try:
+                found, where = interrupted(program, number)
+                what = "" if is_equal(found, expected) else "another result"
+            except Exception as error:
+                where, what = str(number), f"{type(error).__name__}: {error}"
+            if what:
+                counts.wrong += 1
+                counts.examples.append(f"{program.__name__} at {where}: {what}"[:200])
+    return counts
+
+
+if __name__ == "__main__":
+    print(run(every=int(sys.argv[1]) if len(sys.argv) > 1 else 1))
