@@ -6,26 +6,61 @@ With `decompositions.py` and `calls.py` the only files of the package that touch
 
 from __future__ import annotations
 
+import codecs
 import contextlib
+import importlib
+import locale
 import warnings
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from types import ModuleType
+from typing import Any
 
 import torch
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.partitioners import min_cut_rematerialization_partition
-from torch._inductor.compile_fx import compile_fx
+from torch._guards import TracingContext
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 from torch._inductor.decomposition import select_decomp_table
 from torch.fx import Graph, GraphModule
 
 from quaff_fx import decompositions
-from quaff_fx.errors import QuaffWarning
+from quaff_fx.errors import ConfigError, QuaffWarning
+from quaff_fx.kernels import cpu, product
 from quaff_fx.passes import pipeline
 from quaff_fx.passes.infrastructure import Change
 from quaff_fx.readable import readable
+
+
+def _import_inductor() -> ModuleType:
+    """Returns `torch._inductor.compile_fx`, imported while the encoding of files is UTF-8.
+
+    Inductor reads files of its own in the encoding of the locale. That is ASCII with ``LC_ALL=POSIX``, if Python was
+    told not to take UTF-8 then (``PYTHONUTF8=0``) or does not do so by itself. (Read in torch 2.13.)
+
+    Raises:
+        ConfigError: the encoding is another one and there is no UTF-8 locale.
+    """
+    name = "torch._inductor.compile_fx"
+    if codecs.lookup(locale.getpreferredencoding(False)).name == "utf-8":
+        return importlib.import_module(name)
+    before = locale.setlocale(locale.LC_CTYPE)
+    try:
+        with contextlib.suppress(locale.Error):
+            locale.setlocale(locale.LC_CTYPE, "C.UTF-8")
+        return importlib.import_module(name)
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"locale: has the encoding {error.encoding}, expected UTF-8, in which PyTorch's files are written. Set "
+            "PYTHONUTF8=1."
+        ) from error
+    finally:
+        locale.setlocale(locale.LC_CTYPE, before)
+
+
+_inductor = _import_inductor()
 
 Autocast = tuple[tuple[str, torch.dtype, bool], ...]
 """Device type, dtype and whether it is on, per kind of device."""
@@ -56,12 +91,24 @@ class CompiledGraph:
     autocast: Autocast = ()
 
 
+LOOP_USES = 4
+"""A graph that multiplies with one weight so many times is a loop in Python that Dynamo has unrolled."""
+WARN_OF_LOOPS, COMPILED_LOOPS = 2, 4
+"""At how many lengths of such loops there is a warning, and how many lengths are compiled."""
+
+
 class QuantizeBackend:
-    """Rewrites markers and linears into int8 linears and hands the graph to Inductor; warns at the `limit`-th graph."""
+    """Rewrites markers and linears into int8 linears and hands the graph to Inductor; warns at the `limit`-th graph.
+
+    Where nothing can be compiled (no compiler, no room for its results) the rewritten graph runs as it is, from then
+    on, after one warning. Backward is compiled with its forward: it never fails because of that.
+    """
 
     def __init__(self, record: list[CompiledGraph], limit: int) -> None:
         self.record = record
         self.limit = limit
+        self.obstacle: cpu.Obstacle | None = None
+        cpu.check_variant()
         decompositions.register()
 
     def __call__(self, graph_module: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
@@ -74,30 +121,99 @@ class QuantizeBackend:
                 QuaffWarning,
                 stacklevel=2,
             )
-        self.record.append(_compiled_graph(captured, result.graph_module, result.changes, example_inputs))
-        patches = {
-            # Neither the FX graph cache nor AOTAutograd's looks at decompositions; this entry goes into both keys.
-            "unsafe_marked_cacheable_functions": {"quaff_fx.decompositions": decompositions.cache_salt()},
-            "post_grad_custom_pre_pass": _LoweringPasses(),
-        }
-        with _PARTITION:
-            run = compile_fx(result.graph_module, list(example_inputs), config_patches=patches)
-        return cast("Callable[..., Any]", run)
+        graph = _compiled_graph(captured, result.graph_module, result.changes, example_inputs)
+        run: Callable[..., Any] | None = None
+        if self._is_to_be_compiled(graph):
+            run = self._compiled(result.graph_module, example_inputs)
+        # Not earlier: a compilation that is interrupted leaves no trace.
+        self.record.append(graph)
+        return run or result.graph_module.forward
+
+    def _compiled(self, graph_module: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any] | None:
+        """What Inductor makes of the graph; None if it cannot compile here."""
+        self.obstacle = self.obstacle or cpu.obstacle()
+        if self.obstacle is None:
+            try:
+                return _compile(graph_module, example_inputs)
+            except Exception as error:
+                # Where not even the kernel can be compiled, the reason is not in the graph.
+                self.obstacle = cpu.obstacle_to_kernel() or cpu.obstacle_of(error)
+                if self.obstacle is None:
+                    raise
+        product.warn_of(self.obstacle)
+        return None
+
+    def _is_to_be_compiled(self, graph: CompiledGraph) -> bool:
+        """False for loops of many lengths, each of which would take tens of seconds; warns before it comes to that."""
+        length = loop_length(graph)
+        lengths = {loop_length(other) for other in self.record} - {0}
+        if length == 0 or length in lengths:
+            return length == 0 or len(lengths) <= COMPILED_LOOPS
+        if len(lengths) + 1 == WARN_OF_LOOPS:
+            warnings.warn(
+                f"model: a loop in Python around frozen linears was unrolled to {length} rounds and, before, to "
+                f"{max(lengths)}, expected one length. Each new length is compiled anew, for tens of seconds, and from "
+                f"the {COMPILED_LOOPS + 1}th on runs uncompiled: right, in int8, but slower. Put what the loop calls "
+                "into an nn.ModuleList, whose modules are compiled by themselves, or pad to a few lengths.",
+                QuaffWarning,
+                stacklevel=2,
+            )
+        return len(lengths) < COMPILED_LOOPS
+
+
+def loop_length(graph: CompiledGraph) -> int:
+    """Returns how many rounds of a loop a graph holds, the products with its most used weight; 0 if it has no loop."""
+    uses = Counter(change.site for change in graph.changes if change.action == "quantized")
+    most = max(uses.values(), default=0)
+    return most if most >= LOOP_USES else 0
+
+
+def _compile(graph_module: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+    patches = {
+        # Neither the FX graph cache nor AOTAutograd's looks at decompositions; this entry goes into both keys.
+        "unsafe_marked_cacheable_functions": {"quaff_fx.decompositions": decompositions.cache_salt()},
+        "post_grad_custom_pre_pass": _LoweringPasses(),
+    }
+    with _AUTOGRAD:
+        run: Callable[..., Any] = _inductor.compile_fx(
+            graph_module, list(example_inputs), inner_compile=_compile_inner, config_patches=patches
+        )
+    return run
 
 
 class _LoweringPasses(CustomGraphPass):
     """The passes of `pipeline.lower`, where Inductor runs them."""
 
     def __call__(self, graph: Graph) -> None:
+        assert graph.owning_module is not None
         pipeline.lower(graph.owning_module)
 
     def uuid(self) -> bytes:
         return get_hash_for_files(tuple(str(path) for path in sorted(Path(str(pipeline.__file__)).parent.glob("*.py"))))
 
 
-# Normalized and gated activations, which adapters multiply in backward, are computed again from what is saved anyway:
-# one pointwise loop instead of a third of all saved activations. (Read in torch 2.13.)
-_PARTITION = torch._functorch.config.patch(ban_recompute_materialized_backward=False)
+_AUTOGRAD = torch._functorch.config.patch(
+    # Normalized and gated activations, which adapters multiply in backward, are computed again from what is saved
+    # anyway: one pointwise loop instead of a third of all saved activations.
+    ban_recompute_materialized_backward=False,
+    # Backward would write into a saved activation, and a second backward over the same forward would be an error.
+    donated_buffer=False,
+    # Otherwise backward is compiled when it first runs, in whatever thread, without this config.
+    force_non_lazy_backward_lowering=True,
+)
+"""How AOTAutograd makes forward and backward of a graph. (Read in torch 2.13.)"""
+
+
+def _compile_inner(*args: Any, **kwargs: Any) -> Any:
+    """`compile_fx_inner` with no donated buffers, said where a backward asks: not in the config of its own thread.
+
+    A backward with `retain_graph=True` passes only if the list of donated buffers is empty, and without the config's
+    switch, which is on again when backward runs, there is no list. It goes into AOTAutograd's cache with the graph.
+    """
+    context = TracingContext.try_get()
+    if context is not None and context.fw_metadata is not None:
+        context.fw_metadata.bw_donated_idxs = []
+    return _inductor.compile_fx_inner(*args, **kwargs)
 
 
 def lower(graph_module: GraphModule, fake_inputs: Sequence[Any], autocast: Autocast = ()) -> list[GraphModule]:
@@ -120,10 +236,8 @@ def lower(graph_module: GraphModule, fake_inputs: Sequence[Any], autocast: Autoc
         decompositions=select_decomp_table(),
         partition_fn=min_cut_rematerialization_partition,
     )
-    # Otherwise the backward graph is lowered when a backward first runs.
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_PARTITION)
-        stack.enter_context(torch._functorch.config.patch(force_non_lazy_backward_lowering=True))
+        stack.enter_context(_AUTOGRAD)
         for kind, dtype, is_on in autocast:
             stack.enter_context(torch.autocast(kind, dtype=dtype, enabled=is_on))
         compile_lowered(graph_module, list(fake_inputs))

@@ -1,7 +1,8 @@
 """The compiled int8 product and row quantizers for CPUs: builds the C++ files beside this one, and calls them.
 
 The library is compiled at first use (about 4 s) and kept in Inductor's cache. Torch's private
-`torch._inductor.codecache.CppCodeCache` does both; read in torch 2.13.
+`torch._inductor.codecache.CppCodeCache` does both; read in torch 2.13. What keeps it from doing so keeps Inductor from
+compiling as well, so `obstacle` speaks for both.
 """
 
 from __future__ import annotations
@@ -12,12 +13,14 @@ import hashlib
 import os
 import platform
 import re
+import tempfile
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from quaff_fx.errors import ShapeError
+from quaff_fx.errors import ConfigError, ShapeError
 from quaff_fx.numerics import INT32_MAX_REDUCTION
 
 VARIANTS: dict[str, tuple[str, ...]] = {
@@ -29,6 +32,14 @@ VARIANTS: dict[str, tuple[str, ...]] = {
 """Compiler flags of the variants that can be forced, for tests and benchmarks; "native" takes the best there is."""
 
 DEFAULT_VARIANT = os.environ.get("QUAFF_FX_CPU_VARIANT", "native")
+
+
+class Obstacle(NamedTuple):
+    """Why something cannot be compiled here, and the way out, both in words."""
+
+    reason: str
+    way_out: str
+
 
 _NEEDED_CPU_FLAGS = {"avx_vnni": {"avx2", "fma", "f16c", "avx_vnni"}, "avx2": {"avx2", "fma", "f16c"}}
 _KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int32: 3}  # quaff::Kind in int8_isa.h
@@ -203,18 +214,94 @@ def instruction_set(variant: str = DEFAULT_VARIANT) -> str:
     return name.decode()
 
 
-@functools.cache
+def check_variant(variant: str = DEFAULT_VARIANT) -> None:
+    """Raises a ConfigError unless `variant`, which the environment may have named, is a key of `VARIANTS`."""
+    if variant not in VARIANTS:
+        raise ConfigError(
+            f"QUAFF_FX_CPU_VARIANT: is {variant!r}, expected one of {', '.join(VARIANTS)}. Unset it, or choose one."
+        )
+
+
 def reason_unavailable(variant: str = DEFAULT_VARIANT) -> str | None:
     """Returns why the library cannot be used, in words, or None if it can. Compiles it at the first call."""
+    found = obstacle_to_kernel(variant)
+    return None if found is None else found.reason
+
+
+@functools.cache
+def obstacle_to_kernel(variant: str = DEFAULT_VARIANT) -> Obstacle | None:
+    """Returns what keeps the library from being used, or None. Compiles it at the first call.
+
+    Raises:
+        ConfigError: there is no such variant.
+    """
+    check_variant(variant)
     missing = _NEEDED_CPU_FLAGS.get(variant, set()) - _cpu_flags()
     if missing:
-        return f"this CPU lacks {', '.join(sorted(missing))}"
+        return Obstacle(f"this CPU lacks {', '.join(sorted(missing))}", "Choose another QUAFF_FX_CPU_VARIANT.")
+    found = obstacle()
+    if found is not None:
+        return found
     try:
         _library(variant)
-    except Exception as error:  # no compiler, no OpenMP, a read-only cache, ...: all mean the same here
-        lines = [line for line in str(error).splitlines() if "error: " in line] or str(error).splitlines()
-        return f"the kernel cannot be compiled ({type(error).__name__}: {lines[0] if lines else 'no message'})"
+    except Exception as error:  # no OpenMP, a compiler that is too old, a full disk, ...: all mean the same here
+        return obstacle_of(error) or _broken_compiler(error)
     return None
+
+
+def obstacle() -> Obstacle | None:
+    """Returns what keeps C++ from being compiled and kept here, as far as it can be told beforehand, or None."""
+    from torch._inductor import cpp_builder
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    try:
+        cpp_builder.get_cpp_compiler()
+    except Exception:
+        return _no_compiler()
+    try:
+        with tempfile.TemporaryFile(dir=cache_dir()) as file:
+            file.write(bytes(4096))
+    except OSError as error:
+        return obstacle_of(error)
+    return None
+
+
+def obstacle_of(error: BaseException) -> Obstacle | None:
+    """Returns what an error in compiling says about this machine; None if it says something about the code."""
+    from torch._inductor import exc
+
+    error = getattr(error, "inner_exception", error)  # Inductor wraps what it meets
+    if isinstance(error, exc.InvalidCxxCompiler):
+        return _no_compiler()
+    if isinstance(error, exc.CppCompileError):
+        return _broken_compiler(error)
+    if isinstance(error, OSError) and error.errno is None:  # of the loader: no library there, or none that may be run
+        return Obstacle(
+            f"compiled code cannot be loaded ({error})",
+            "Set CXX to the path of a C++ compiler, TORCHINDUCTOR_CACHE_DIR to a folder from which code may be run.",
+        )
+    if isinstance(error, OSError):
+        folder = os.environ.get("TORCHINDUCTOR_CACHE_DIR", "the folder for temporary files")
+        return Obstacle(
+            f"compiled code cannot be kept in {folder} ({error.strerror or error})",
+            "Make room there, or set TORCHINDUCTOR_CACHE_DIR to a folder that can be written.",
+        )
+    return None
+
+
+def _no_compiler() -> Obstacle:
+    return Obstacle(
+        f"no C++ compiler runs here (CXX is {os.environ.get('CXX', 'not set')!r})",
+        "Install g++, or set CXX to the path of a compiler, without arguments.",
+    )
+
+
+def _broken_compiler(error: BaseException) -> Obstacle:
+    lines = [line for line in str(error).splitlines() if "error: " in line] or str(error).splitlines()
+    return Obstacle(
+        f"C++ cannot be compiled here ({type(error).__name__}: {lines[0] if lines else 'no message'})",
+        "Update the C++ compiler, or set CXX to the path of another one.",
+    )
 
 
 def source() -> str:
@@ -236,6 +323,7 @@ def _with_headers(name: str, seen: set[str]) -> str:
 
 @functools.cache
 def _library(variant: str) -> ctypes.CDLL:
+    check_variant(variant)
     from torch._inductor.codecache import CppCodeCache
 
     # Inductor's cache key holds "-march=native" but not what that means; a cache folder shared between machines would
@@ -266,7 +354,7 @@ def _library(variant: str) -> ctypes.CDLL:
 def _cpu_flags() -> frozenset[str]:
     """The features the kernel reports for this CPU; elsewhere than on Linux just its name."""
     try:
-        text = Path("/proc/cpuinfo").read_text()
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:
         return frozenset([platform.machine(), platform.processor()])
     lines = re.findall(r"^(?:flags|Features)\s*:(.*)$", text, flags=re.MULTILINE)
@@ -334,8 +422,8 @@ def _checked(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int | N
 def _address(name: str, tensor: Tensor | None) -> int | None:
     """Returns where a tensor's values lie, None for None; raises unless its memory holds all of them.
 
-    A tensor may have a CPU device, a shape and a dtype, and no memory: a fake one, one that `torch.func` wraps, one of a
-    wrapper subclass, a parameter whose storage FSDP has freed.
+    A tensor may have a CPU device, a shape and a dtype, and no memory: a fake one, one that `torch.func` wraps, one of
+    a wrapper subclass, a parameter whose storage FSDP has freed.
     """
     if tensor is None:
         return None

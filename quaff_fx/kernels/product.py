@@ -105,14 +105,21 @@ def dequantized(
 @functools.cache
 def reason_no_kernel() -> str | None:
     """Why the compiled kernel is not used on this CPU, or None; warns once if it is not."""
-    reason = cpu.reason_unavailable()
-    if reason is not None:
-        warnings.warn(
-            f"int8 product: {reason}, expected a compiled kernel. Results are exact; a step is slower than float32.",
-            QuaffWarning,
-            stacklevel=3,
-        )
-    return reason
+    found = cpu.obstacle_to_kernel()
+    if found is not None:
+        warn_of(found)
+    return None if found is None else found.reason
+
+
+@functools.cache
+def warn_of(obstacle: cpu.Obstacle) -> None:
+    """Warns, once for each obstacle: one keeps both the kernel and Inductor from compiling."""
+    warnings.warn(
+        f"compilation: {obstacle.reason}, expected code compiled for this machine. The model runs without it: right, "
+        f"in int8, but slower than in float32. {obstacle.way_out}",
+        QuaffWarning,
+        stacklevel=3,
+    )
 
 
 def activation_max(bits: str | int, device: torch.device) -> int:

@@ -168,16 +168,19 @@ def test_dequantized_keeps_a_nan_scale_in_its_row() -> None:
 
 @pytest.fixture
 def no_kernel(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(cpu, "reason_unavailable", lambda *_: "no compiler here")
-    product.reason_no_kernel.cache_clear()
+    found = cpu.Obstacle("no compiler here", "Install one.")
+    monkeypatch.setattr(cpu, "obstacle_to_kernel", lambda *_: found)
+    for function in (product.reason_no_kernel, product.warn_of):
+        function.cache_clear()
     yield
-    product.reason_no_kernel.cache_clear()
+    for function in (product.reason_no_kernel, product.warn_of):
+        function.cache_clear()
 
 
 @pytest.mark.usefixtures("no_kernel")
 def test_without_a_kernel_the_reference_computes_and_one_warning_says_why() -> None:
     a, w = integers(3, 8, seed=0), integers(5, 8, seed=1)
-    with pytest.warns(QuaffWarning, match="int8 product: no compiler here, expected a compiled kernel"):
+    with pytest.warns(QuaffWarning, match=r"^compilation: no compiler here, expected .*\. Install one\.$"):
         result = product.int8_linear(a, w, transpose_w=False, activation_max=127)
     assert torch.equal(result.long(), exact(a, w, False))
     with warnings.catch_warnings():
