@@ -1,13 +1,36 @@
 """Fine-tuning with int8 weights and activations (Quaff), as a compiler pass: ``model = quaff_fx.compile(model)``."""
 
+import importlib.util as _util
+import os as _os
+import sys as _sys
 from pathlib import Path as _Path
 from typing import TYPE_CHECKING as _TYPE_CHECKING
 from typing import Any as _Any
 
-# In a checkout `passes/` lies beside this folder and imports as `quaff_fx.passes`; an installed package has it inside.
-_root = _Path(__file__).resolve().parent.parent
-if (_root / "passes" / "pipeline.py").is_file() and str(_root) not in __path__:
-    __path__.append(str(_root))
+# In a checkout `quaff_fx/passes` is a symbolic link to `passes/` beside this folder; an installed package has the
+# folder itself. Where git makes no links (Windows) it is a small text file, and the folder is imported from its place.
+_passes = _Path(__file__).resolve().parent.parent / "passes"
+if not _Path(__file__).with_name("passes").is_dir() and (_passes / "pipeline.py").is_file():
+    _spec = _util.spec_from_file_location(
+        "quaff_fx.passes", _passes / "__init__.py", submodule_search_locations=[str(_passes)]
+    )
+    assert _spec is not None
+    assert _spec.loader is not None
+    passes = _sys.modules["quaff_fx.passes"] = _util.module_from_spec(_spec)
+    _spec.loader.exec_module(passes)
+
+try:
+    from quaff_fx import api as api  # imports PyTorch's compiler, which makes the folder for compiled code
+except OSError as _error:
+    _folder = _os.environ.get("TORCHINDUCTOR_CACHE_DIR", "")
+    if not _folder or not str(_error.filename or "?").startswith((_folder, str(_Path(_folder).parent))):
+        raise
+    from quaff_fx.errors import ConfigError as _ConfigError
+
+    raise _ConfigError(
+        f"TORCHINDUCTOR_CACHE_DIR: is {_folder}, which cannot be made ({_error.strerror}), expected a folder that can "
+        "be written. Set it to one."
+    ) from _error
 
 from quaff_fx.api import calibrate as calibrate
 from quaff_fx.api import compile as compile

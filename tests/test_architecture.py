@@ -23,6 +23,7 @@ ORDER = (
     "kernels.cpu",
     "kernels.cuda",
     "kernels.product",
+    "kernels",
     "ops",
     "decompositions",
     "int8_weight",
@@ -57,7 +58,7 @@ ORDER = (
 MAY_USE_PRIVATE_TORCH = {
     "kernels.cpu": {"torch._inductor"},
     "decompositions": {"torch._inductor"},
-    "backend": {"torch._dynamo", "torch._functorch", "torch._inductor"},
+    "backend": {"torch._dynamo", "torch._functorch", "torch._guards", "torch._inductor"},
     "calls": {"torch._dynamo"},
     "int8_weight": {"torch._C", "torch.utils._pytree"},
     "passes.matching": {"torch._ops"},

@@ -1,0 +1,1 @@
+"""The int8 products and row quantizers, by device; `product` chooses."""
