@@ -125,7 +125,9 @@ class Observer(TorchFunctionMode):
         kwargs = kwargs or {}
         if torch.compiler.is_compiling():  # code that the model compiles on its own
             return func(*args, **kwargs)
-        weights = [(tensor, weight) for tensor in _tensors(args, kwargs) if (weight := self._weight(tensor)) is not None]
+        weights = [
+            (tensor, weight) for tensor in _tensors(args, kwargs) if (weight := self._weight(tensor)) is not None
+        ]
         result = func(*args, **kwargs)
         if weights:
             with torch.inference_mode(False), torch.no_grad():
@@ -182,8 +184,9 @@ class Observer(TorchFunctionMode):
             elif not _reads_no_values(name, is_first, result):
                 self._note_reader(site, name)
             if name in matching.PRODUCTS | matching.CONVOLUTIONS | matching.LAYERS:
-                x = operands[0] if operands is not None else _operand_beside(tensor, list(_tensors(args, kwargs)))
-                self.multiply_adds[site.weight_name] += _multiply_adds(site, name, args[0], x, result)
+                tensors = list(_tensors(args, kwargs))
+                x = operands[0] if operands is not None else _operand_beside(tensor, tensors)
+                self.multiply_adds[site.weight_name] += _multiply_adds(site, name, tensors[0], x, result)
             elif isinstance(result, Tensor) and len(site.shape) > 2:  # one expert of several
                 self._transposed[result] = (site, transposed)
 
@@ -229,8 +232,8 @@ def _operand_beside(weight: Tensor, tensors: list[Tensor]) -> Tensor:
     return tensors[index - 1] if index else tensors[-1]
 
 
-def _multiply_adds(site: Site, name: str, first: Any, x: Tensor, result: Any) -> int:
-    """How many multiply-adds a product takes, `first` being its first argument."""
+def _multiply_adds(site: Site, name: str, first: Tensor, x: Tensor, result: Any) -> int:
+    """How many multiply-adds a product with x takes, `first` being its first operand."""
     if name in matching.LAYERS:
         return int(first.numel() // max(1, first.shape[-1]) * math.prod(site.shape))
     return int(result.numel() * (math.prod(site.shape[1:]) if name in matching.CONVOLUTIONS else x.shape[-1]))

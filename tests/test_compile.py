@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import quaff_fx
-from quaff_fx import calls
+from quaff_fx import state
 from quaff_fx.api import stages_of
 from quaff_fx.state import QuantizedWeight
 from tests.models import Run, cosine, float_llama, int8_products, tiny_llama, token_ids, with_lora
@@ -35,9 +35,7 @@ class TestRewriting:
         assert len(quantized_weights(quantized_llama.model)) == 3 * 7
 
     def test_forward_and_backward_hold_exactly_the_expected_int8_products(self, quantized_llama):
-        first, later = [graph.lowered for graph in quaff_fx.graphs(quantized_llama.model) if graph.stage == "quantize"][
-            :2
-        ]
+        first, later = [graph.lowered for graph in quaff_fx.graphs(quantized_llama.model)][:2]
         # The first block's input needs no gradient: q, k and v have none to give back.
         assert int8_products(first) == [7, 4]
         assert int8_products(later) == [7, 7]
@@ -56,8 +54,8 @@ class TestRewriting:
             run = Run(model)
             for _ in range(3):
                 run.step(token_ids())
-            counts.append([graph.stage for graph in quaff_fx.graphs(model)])
-        assert counts[0] == counts[1] == ["observe", "observe", "quantize", "quantize"]
+            counts.append(len(quaff_fx.graphs(model)))
+        assert counts == [2, 2]
 
     def test_no_recompile_after_the_first_quantized_step(self, quantized_llama):
         before = len(quaff_fx.graphs(quantized_llama.model))
@@ -95,8 +93,9 @@ class TestNumbers:
     def test_calibration_steps_are_float_steps(self, quantized_llama):
         reference = Run(tiny_llama(3))
         reference.step(token_ids())
-        assert quantized_llama.losses[:2] == pytest.approx([reference.losses[0]] * 2, rel=1e-6)
-        assert cosine(quantized_llama.gradients[0], reference.gradients[0]) > 0.999999
+        assert quantized_llama.losses[:2] == [reference.losses[0]] * 2
+        for step in quantized_llama.gradients[:2]:
+            assert all(torch.equal(gradient, step[name]) for name, gradient in reference.gradients[0].items())
 
     @pytest.mark.parametrize(("bits", "least"), [(8, 0.999), (7, 0.997)])
     def test_gradients_follow_float(self, bits, least):
@@ -119,7 +118,7 @@ class TestNumbers:
         in_float = copy.deepcopy(model)
         quaff_fx.dequantize(in_float)
         for block in stages_of(model).blocks:
-            calls.install(block, calls.call_eagerly)
+            block.__dict__[state.RUN] = lambda block, args, kwargs: block.quaff_forward(*args, **kwargs)
         eager = run.step(token_ids())
         # The same integers, up to a rounding tie decided by the order of float operations.
         assert eager == pytest.approx(compiled, rel=1e-4)
@@ -222,8 +221,7 @@ class TestSteps:
         run = Run(model)
         for tokens in (24, 24, 20, 28, 17, 30):
             run.step(token_ids(tokens=tokens))
-        quantized = [graph for graph in quaff_fx.graphs(model) if graph.stage == "quantize"]
-        assert len(quantized) == 4  # first block and the others, static and dynamic
+        assert len(quaff_fx.graphs(model)) == 4  # first block and the others, static and dynamic
 
     def test_a_root_that_keeps_its_own_cache_setting_gets_it_back(self):
         model = quaff_fx.compile(tiny_llama(2), QUIET)
@@ -239,7 +237,7 @@ class TestCopies:
             assert len(quantized_weights(copied)) == 21
             assert stages_of(copied).model is copied
             assert Run(copied).step(token_ids()) == pytest.approx(expected, rel=1e-6)
-            assert [graph.stage for graph in quaff_fx.graphs(copied)] == ["quantize", "quantize"]
+            assert len(quaff_fx.graphs(copied)) == 2
 
     def test_state_dict_round_trip_is_bit_for_bit(self, quantized_llama):
         saved = {name: tensor.clone() for name, tensor in quantized_llama.model.state_dict().items()}

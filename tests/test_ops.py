@@ -63,10 +63,6 @@ class Layer:
         return (self.w_int8, self.w_scale, self.w_outlier, *state, 0.1, self.q, True, dtype, self.rotation)
 
 
-def observer(size: int) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.zeros(size), torch.zeros(size), torch.tensor(ops.IN_DIM_UNSEEN)
-
-
 # --- opcheck -----------------------------------------------------------------------------------------------------
 
 SHAPES = {
@@ -113,21 +109,10 @@ def test_opcheck_of_int8_linear(tokens: int, transpose_w: bool, out_dtype: torch
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
-def test_opcheck_of_the_markers(dtype: torch.dtype) -> None:
+def test_opcheck_of_the_marker(dtype: torch.dtype) -> None:
     layer = Layer()
-    torch.library.opcheck(Q.observe_weight.default, (layer.weight.to(dtype), *observer(24)))
-    torch.library.opcheck(Q.observe_int8_weight.default, (layer.w_int8, layer.w_scale, *observer(24), dtype, 1))
     torch.library.opcheck(Q.dequantize_weight.default, layer.marker_arguments(dtype))
     torch.library.opcheck(Q.dequantize_weight.default, Layer(outliers=0).marker_arguments(dtype))
-
-
-@pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("threshold", [0.0, 5.0])
-@pytest.mark.parametrize("tokens", [0, 5])
-def test_opcheck_of_the_observers(tokens: int, threshold: float, dtype: torch.dtype) -> None:
-    layer = Layer(tokens=tokens, dtype=dtype)
-    torch.library.opcheck(Q.observe.default, (layer.x, *observer(30), 1, threshold))
-    torch.library.opcheck(Q.observe_other_use.default, observer(1)[2:])
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
@@ -171,8 +156,7 @@ def test_a_weight_only_linear_refuses_an_x_that_does_not_fit() -> None:
 def test_every_op_is_checked_above() -> None:
     """A new op must be added to the checks, then to this list."""
     assert set(ops._SCHEMAS) == {
-        *("observe_weight", "dequantize_weight", "observe", "observe_other_use", "update_smoothing_scale"),
-        *("observe_int8_weight", "weight_only_linear"),
+        *("dequantize_weight", "weight_only_linear", "update_smoothing_scale"),
         *("quantize_activation", "quantize_rotated", "linear", "linear_grad_input", "int8_linear"),
     }
 
@@ -271,47 +255,6 @@ def test_dequantize_weight_is_the_reference() -> None:
         result = Q.dequantize_weight.default(*layer.marker_arguments(dtype))
         assert result.dtype == dtype
         torch.testing.assert_close(result.double(), expected, rtol=2 * ulp, atol=1e-7)
-
-
-def test_observe_weight_is_a_copy() -> None:
-    """An op may not return its input; a clone that a pass takes away again costs nothing."""
-    weight = normal(3, 4, seed=0)
-    result = Q.observe_weight.default(weight, *observer(4))
-    assert torch.equal(result, weight)
-    assert result.data_ptr() != weight.data_ptr()
-
-
-def test_observe_keeps_the_largest_of_a_step_so_that_a_replay_changes_nothing() -> None:
-    absmax, count, seen = observer(6)
-    first, second = normal(2, 3, 4, seed=0), normal(2, 3, 4, seed=1)
-    for x in (first, second, first):
-        Q.observe.default(x, absmax, count, seen, 1, 0.0)
-    both = torch.cat([first, second]).reshape(-1, 4)
-    assert torch.equal(absmax, torch.cat([both.abs().amax(dim=0), torch.zeros(2)]))
-    assert torch.equal(count, torch.zeros(6))
-    assert int(seen) == 1
-
-
-def test_observe_counts_values_over_the_threshold() -> None:
-    x = torch.ones(10, 4)
-    x[:3, 2] = 50
-    absmax, count, seen = observer(4)
-    for _ in range(2):
-        Q.observe.default(x, absmax, count, seen, 1, 5.0)  # the mean is 4.675
-    assert count.tolist() == [0, 0, 3, 0]
-
-
-def test_observers_see_conflicting_uses() -> None:
-    absmax, count, seen = observer(4)
-    Q.observe.default(normal(2, 4, seed=0), absmax, count, seen, 0, 0.0)
-    assert int(seen) == 0
-    Q.observe.default(normal(2, 4, seed=0), absmax, count, seen, 1, 0.0)
-    assert int(seen) == ops.IN_DIM_CONFLICT
-    Q.observe.default(normal(2, 4, seed=0), absmax, count, seen, 1, 0.0)
-    assert int(seen) == ops.IN_DIM_CONFLICT, "a conflict stays one"
-    _, _, other = observer(4)
-    Q.observe_other_use.default(other)
-    assert int(other) == ops.IN_DIM_CONFLICT
 
 
 def test_update_smoothing_scale_is_the_formula_and_edits_nothing() -> None:

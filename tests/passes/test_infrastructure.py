@@ -16,7 +16,7 @@ from torch.fx import Graph, GraphModule
 
 from quaff_fx import passes
 from quaff_fx.errors import PassError, QuaffError
-from tests.passes.tracing import OBSERVED, QUANTIZED, changes_of, nodes, observed, quantized, text, trace
+from tests.passes.tracing import QUANTIZED, changes_of, nodes, quantized, text, trace
 
 checkpoint = torch.ops.higher_order.tag_activation_checkpoint
 
@@ -148,29 +148,16 @@ def test_a_failure_in_a_subgraph_shows_the_subgraph() -> None:
     assert "Breaks" in str(raised.value)
 
 
-def test_an_observed_linear_under_a_checkpoint_is_observed() -> None:
-    body = trace(
-        lambda x, p, step_absmax, step_count, in_dim_seen: x @ observed(p, step_absmax, step_count, in_dim_seen).T
-    )
-    outer = with_body(body, ("x", *OBSERVED))
-    before = text(outer)
-    assert changes_of(pipeline.observe(outer, 0.0).changes) == ["p: normalized", "p: observed"]
-    assert text(outer) == before, "the outer graph only passes the inputs on"
-    assert text(body) == (
-        "observe_default = quaff.observe.default(x, step_absmax, step_count, in_dim_seen, 1, 0.0)\n"
-        "linear = linear(x, p, None)\n"
-        "return linear"
-    )
-
-
 def test_a_quantized_linear_under_a_checkpoint_is_quantized() -> None:
     body = trace(
-        lambda x, w_int8, w_scale, w_outlier, channels, w_absmax, s, next_s: torch.nn.functional.linear(
-            x, quantized(w_int8, w_scale, w_outlier, channels, w_absmax, s, next_s, training=True)
+        lambda x, w_int8, w_scale, w_outlier, channels, w_absmax, s, next_s: (
+            x @ quantized(w_int8, w_scale, w_outlier, channels, w_absmax, s, next_s, training=True).T
         )
     )
     outer = with_body(body, ("x", *QUANTIZED))
+    before = text(outer)
     assert changes_of(pipeline.quantize(outer).changes) == ["w_int8: normalized", "w_int8: quantized"]
+    assert text(outer) == before, "the outer graph only passes the inputs on"
     assert len(nodes(body, torch.ops.quaff.linear.default)) == 1
     assert len(nodes(body, "copy_")) == 1
 
@@ -178,7 +165,7 @@ def test_a_quantized_linear_under_a_checkpoint_is_quantized() -> None:
 # --- contracts ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["NormalizeProducts", "ObserveActivations", "QuantizeLinears"])
+@pytest.mark.parametrize("name", ["NormalizeProducts", "QuantizeLinears"])
 def test_a_pass_is_a_frozen_dataclass_with_before_and_after_in_its_docstring(name: str) -> None:
     kind = getattr(passes, name)
     assert dataclasses.is_dataclass(kind)

@@ -11,8 +11,9 @@ import torch
 from quaff_fx.passes import matching
 from torch.fx import Graph, Node
 from torch.nn import functional as F  # noqa: N812
+from torch.overrides import TorchFunctionMode
 
-from tests.passes.tracing import OBSERVED, observed, trace
+from tests.passes.tracing import QUANTIZED, quantized, trace, trace_use
 
 
 def node_of(target: Any, *args: Any, **kwargs: Any) -> Node:
@@ -95,6 +96,80 @@ def test_swapping_two_dimensions_is_what_torch_does() -> None:
                 assert (matching.transposed_operand(node) is not None) == swaps, ("permute", first, second)
 
 
+@pytest.mark.parametrize("name", ["t", "T", "mT"])
+def test_a_transpose_without_dimensions_is_seen_in_eager_code(name: str) -> None:
+    assert matching.is_transpose(name, (), {})
+
+
+@pytest.mark.parametrize("name", ["transpose", "swapaxes", "permute"])
+@pytest.mark.parametrize("first", [-2, -1, 0, 1])
+@pytest.mark.parametrize("second", [-2, -1, 0, 1])
+def test_in_eager_code_the_same_is_a_transpose_as_in_a_graph(name: str, first: int, second: int) -> None:
+    in_graph = matching.transposed_operand(node_of(name, "%w", first, second)) is not None
+    assert matching.is_transpose(name, (first, second), {}) is in_graph
+    if name == "permute":
+        assert matching.is_transpose(name, ((first, second),), {}) is in_graph
+        assert matching.is_transpose(name, ([first, second],), {}) is in_graph
+    assert not matching.is_transpose(name, (first, second), {"a": 1})
+
+
+@pytest.mark.parametrize(
+    ("name", "rest"),
+    [("transpose", (0, 2)), ("permute", (0, 2, 1)), ("H", ()), ("contiguous", ()), ("reshape", (1, 0)), ("to", (0, 1))],
+)
+def test_what_keeps_or_cuts_a_matrix_is_no_transpose_in_eager_code(name: str, rest: tuple[int, ...]) -> None:
+    assert not matching.is_transpose(name, rest, {})
+
+
+class Names(TorchFunctionMode):
+    """Writes down the name of everything that runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(matching.function_name(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("call", "name"),
+    [
+        (lambda w: w + 1, "add"),
+        (lambda w: 1 + w, "add"),
+        (lambda w: 1 - w, "sub"),
+        (lambda w: w / 2, "div"),
+        (lambda w: 2 / w, "div"),
+        (lambda w: 2**w, "pow"),
+        (lambda w: abs(w), "abs"),
+        (lambda w: w @ w, "matmul"),
+        (lambda w: torch.mm(w, w), "mm"),
+        (lambda w: F.linear(w, w), "linear"),
+        (lambda w: torch.linalg.norm(w), "linalg_norm"),
+        (lambda w: w.T, "T"),
+        (lambda w: w.data, "data"),
+        (lambda w: setattr(w, "data", w), "set_data"),
+        (lambda w: setattr(w, "requires_grad", False), "set_requires_grad"),
+        (lambda w: w[0], "getitem"),
+        (lambda w: w.__setitem__(0, 1), "setitem"),
+        (lambda w: w.__iadd__(1), "add_"),
+        (lambda w: torch.ops.aten.mm.default(w, w), "mm.default"),
+    ],
+)
+def test_a_function_is_known_by_one_name_however_it_is_called(call: Any, name: str) -> None:
+    w = torch.ones(3, 3)
+    with Names() as seen:
+        call(w)
+    assert seen.names[-1] == name
+
+
+def test_each_name_has_one_meaning() -> None:
+    of_products = (matching.PRODUCTS, matching.CONVOLUTIONS, matching.LAYERS)
+    meanings = [set(matching.COPIES), matching.VALUE_READS, matching.METADATA, matching.EDITS, *of_products]
+    assert sum(map(len, meanings)) == len(set.union(*meanings))
+
+
 @pytest.mark.parametrize("value", [None, 3, "t", (1, 2)])
 def test_what_is_no_node_is_nothing(value: Any) -> None:
     assert matching.transposed_operand(value) is None
@@ -105,31 +180,31 @@ def test_what_is_no_node_is_nothing(value: Any) -> None:
 
 @pytest.mark.parametrize("transposes", [0, 1, 2, 3])
 def test_a_marked_weight_is_seen_through_its_transposes(transposes: int) -> None:
-    def program(p: Any, step_absmax: Any, step_count: Any, in_dim_seen: Any) -> Any:
-        weight = observed(p, step_absmax, step_count, in_dim_seen)
+    def program(w_int8: Any, w_scale: Any, w_outlier: Any, channels: Any, w_absmax: Any, s: Any, next_s: Any) -> Any:
+        weight = quantized(w_int8, w_scale, w_outlier, channels, w_absmax, s, next_s)
         for _ in range(transposes):
             weight = weight.t()
         return weight
 
     nodes = list(trace(program).graph.nodes)
-    marker, last = nodes[len(OBSERVED)], nodes[-2]
+    marker, last = nodes[len(QUANTIZED)], nodes[-2]
     assert matching.marked_weight(last) == (marker, transposes % 2 == 1)
 
 
 def test_a_marker_behind_another_op_is_not_seen() -> None:
-    graph_module = trace(lambda p, a, c, s: observed(p, a, c, s).contiguous().t())
+    graph_module = trace_use(lambda x, w, b: w.contiguous().t())
     assert matching.marked_weight(list(graph_module.graph.nodes)[-2]) is None
 
 
 def test_a_marker_is_seen_behind_a_floating_cast_that_nothing_edits() -> None:
-    graph_module = trace(lambda p, a, c, s: observed(p, a, c, s).float().t() @ a)
+    graph_module = trace_use(lambda x, w, b: w.float().t() @ x)
     product = list(graph_module.graph.nodes)[-2]
-    marker = next(node for node in graph_module.graph.nodes if matching.is_call(node, *matching.MARKERS))
+    marker = next(node for node in graph_module.graph.nodes if matching.is_call(node, matching.DEQUANTIZE_WEIGHT))
     assert matching.marked_weight(product.args[0]) == (marker, True)
     cast = product.args[0].args[0]
     cast.meta["example_value"] = torch.empty(4, 4, dtype=torch.int32)
     assert matching.marked_weight(cast) is None
-    graph_module = trace(lambda p, a, c, s: observed(p, a, c, s).float().t().zero_())
+    graph_module = trace_use(lambda x, w, b: w.float().t().zero_())
     assert matching.marked_weight(list(graph_module.graph.nodes)[-3]) is None
 
 
@@ -175,8 +250,8 @@ def test_what_reads_only_values_is_no_product_lookup_edit_or_view(target: Any, r
     ],
 )
 def test_an_edit_of_a_marked_weight_is_seen(target: Any, edits: bool) -> None:
-    graph_module = trace(lambda p, a, c, s: observed(p, a, c, s))
-    marker = next(node for node in graph_module.graph.nodes if matching.is_call(node, *matching.MARKERS))
+    graph_module = trace_use(lambda x, w, b: w)
+    marker = next(node for node in graph_module.graph.nodes if matching.is_call(node, matching.DEQUANTIZE_WEIGHT))
     with graph_module.graph.inserting_after(marker):
         call = graph_module.graph.call_method if isinstance(target, str) else graph_module.graph.call_function
         node = call(target, (marker, 1))
@@ -246,7 +321,7 @@ def marker_with_source(source: str | None) -> Node:
     weight = graph.placeholder("l_module_weight_")
     if source is not None:
         weight.meta["grapharg"] = SimpleNamespace(source=SimpleNamespace(name=source))
-    return graph.call_function(matching.OBSERVE_WEIGHT, (weight, weight, weight, weight))
+    return graph.call_function(matching.DEQUANTIZE_WEIGHT, (weight,) * len(QUANTIZED))
 
 
 @pytest.mark.parametrize(

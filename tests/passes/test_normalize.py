@@ -9,23 +9,11 @@ import pytest
 import torch
 from quaff_fx.passes import NormalizeProducts
 from torch import Tensor
-from torch.fx import GraphModule
 from torch.nn import functional as F  # noqa: N812
 
-from tests.passes.tracing import changes_of, nodes, observed, observer_values, quantized, quantized_values, text, trace
-
-MARKER = "observe_weight_default = quaff.observe_weight.default(p, step_absmax, step_count, in_dim_seen)"
+from tests.passes.tracing import MARKER, changes_of, nodes, quantized_values, text, trace, trace_use
 
 aten = torch.ops.aten
-
-
-def graph_of(product: Callable[[Tensor, Tensor, Tensor], Tensor], bias: tuple[int, ...] = (4,)) -> GraphModule:
-    """The graph of a product of x, the marked weight and a bias."""
-
-    def program(x: Any, p: Any, step_absmax: Any, step_count: Any, in_dim_seen: Any, bias: Any) -> Tensor:
-        return product(x, observed(p, step_absmax, step_count, in_dim_seen), bias)
-
-    return trace(program, bias=bias)
 
 
 IN_OUT: dict[str, tuple[Callable[[Tensor, Tensor, Tensor], Tensor], str]] = {
@@ -66,23 +54,23 @@ OUT_IN: dict[str, tuple[Callable[[Tensor, Tensor, Tensor], Tensor], str]] = {
 
 @pytest.mark.parametrize(("product", "bias"), OUT_IN.values(), ids=OUT_IN)
 def test_a_product_over_the_second_dimension_becomes_a_linear(product: Any, bias: str) -> None:
-    graph_module = graph_of(product)
+    graph_module = trace_use(product)
     changes = NormalizeProducts()(graph_module).changes
     marker, linear, output = text(graph_module).splitlines()
     name = linear.split(" = ")[0]
     assert (marker, output) == (MARKER, f"return {name}")
-    assert linear == f"{name} = linear(x, observe_weight_default, {bias})"
-    assert changes_of(changes) == ["p: normalized"]
+    assert linear == f"{name} = linear(x, dequantize_weight_default, {bias})"
+    assert changes_of(changes) == ["w_int8: normalized"]
 
 
 @pytest.mark.parametrize(("product", "bias"), IN_OUT.values(), ids=IN_OUT)
 def test_a_product_over_the_first_dimension_becomes_a_linear_with_one_transpose(product: Any, bias: str) -> None:
-    graph_module = graph_of(product)
+    graph_module = trace_use(product)
     NormalizeProducts()(graph_module)
     marker, transpose, linear, output = text(graph_module).splitlines()
     assert marker == MARKER
     name = transpose.split(" = ")[0]
-    assert transpose == f"{name} = observe_weight_default.t()"
+    assert transpose == f"{name} = dequantize_weight_default.t()"
     assert linear.split(" = ")[1] == f"linear(x, {name}, {bias})"
     assert output == f"return {linear.split(' = ')[0]}"
 
@@ -90,20 +78,17 @@ def test_a_product_over_the_first_dimension_becomes_a_linear_with_one_transpose(
 @pytest.mark.parametrize(("product", "_"), (IN_OUT | OUT_IN).values(), ids=IN_OUT | OUT_IN)
 def test_the_normalized_graph_computes_the_same(product: Any, _: str) -> None:
     """A square weight, so that a wrong transposition would not fail but compute something else."""
-    graph_module = graph_of(product)
-    values = (torch.randn(3, 4), *observer_values(4, 4), torch.randn(4))
+    graph_module = trace_use(product)
+    values = (torch.randn(3, 4), *quantized_values(4, 4), torch.randn(4))
     expected = graph_module(*values)
     NormalizeProducts()(graph_module)
     graph_module.recompile()
     torch.testing.assert_close(graph_module(*values), expected)
 
 
-def test_a_marker_of_a_quantized_weight_is_normalized_as_well() -> None:
-    def program(x, w_int8, w_scale, w_outlier, channels, w_absmax, s, next_s):
-        return x @ quantized(w_int8, w_scale, w_outlier, channels, w_absmax, s, next_s).T
-
-    graph_module = trace(program)
-    values = (torch.randn(3, 6), *quantized_values(4, 6))
+def test_a_weight_that_is_not_square() -> None:
+    graph_module = trace_use(lambda x, w, b: x @ w.T)
+    values = (torch.randn(3, 6), *quantized_values(4, 6), torch.zeros(4))
     expected = graph_module(*values)
     assert changes_of(NormalizeProducts()(graph_module).changes) == ["w_int8: normalized"]
     assert "linear = linear(x, dequantize_weight_default, None)" in text(graph_module)
@@ -132,7 +117,7 @@ NEAR_MISSES: dict[str, tuple[Callable[[Tensor, Tensor, Tensor], Tensor], tuple[i
 
 @pytest.mark.parametrize(("use", "bias"), NEAR_MISSES.values(), ids=NEAR_MISSES)
 def test_near_misses_are_left_as_they_are(use: Any, bias: tuple[int, ...]) -> None:
-    graph_module = graph_of(use, bias)
+    graph_module = trace_use(use, bias)
     before = text(graph_module)
     assert NormalizeProducts()(graph_module).changes == ()
     assert text(graph_module) == before
@@ -148,33 +133,33 @@ def test_products_of_unmarked_weights_are_left_as_they_are() -> None:
 def test_an_unused_transpose_of_something_else_is_kept() -> None:
     """The pass edits what it knows; dead code of the user's is not its business."""
 
-    def program(x, p, step_absmax, step_count, in_dim_seen):
+    def use(x: Any, w: Any, b: Any) -> Any:
         x.t()
-        return x @ observed(p, step_absmax, step_count, in_dim_seen).t()
+        return x @ w.t()
 
-    graph_module = trace(program)
+    graph_module = trace_use(use)
     NormalizeProducts()(graph_module)
     assert len(nodes(graph_module, "t")) == 1
 
 
 def test_a_transpose_with_another_user_is_kept() -> None:
-    def program(x, p, step_absmax, step_count, in_dim_seen):
-        transposed = observed(p, step_absmax, step_count, in_dim_seen).t()
+    def use(x: Any, w: Any, b: Any) -> Any:
+        transposed = w.t()
         return x @ transposed, transposed.sum()
 
-    graph_module = trace(program)
+    graph_module = trace_use(use)
     NormalizeProducts()(graph_module)
     assert text(graph_module) == (
         f"{MARKER}\n"
-        "t = observe_weight_default.t()\n"
-        "linear = linear(x, observe_weight_default, None)\n"
+        "t = dequantize_weight_default.t()\n"
+        "linear = linear(x, dequantize_weight_default, None)\n"
         "sum_1 = t.sum()\n"
         "return (linear, sum_1)"
     )
 
 
 def test_the_recorded_value_of_the_result_is_kept() -> None:
-    graph_module = graph_of(lambda x, w, b: x @ w.t())
+    graph_module = trace_use(lambda x, w, b: x @ w.t())
     (product,) = [node for node in graph_module.graph.nodes if node.name == "matmul"]
     product.meta["example_value"] = value = torch.empty(3, 4, device="meta")
     NormalizeProducts()(graph_module)
@@ -184,7 +169,7 @@ def test_the_recorded_value_of_the_result_is_kept() -> None:
 
 @pytest.mark.parametrize(("product", "_"), (IN_OUT | OUT_IN).values(), ids=IN_OUT | OUT_IN)
 def test_twice_changes_nothing_and_the_same_graph_gives_the_same_text(product: Any, _: str) -> None:
-    first, second = graph_of(product), graph_of(product)
+    first, second = trace_use(product), trace_use(product)
     NormalizeProducts()(first)
     NormalizeProducts()(second)
     once = text(first)
@@ -193,39 +178,30 @@ def test_twice_changes_nothing_and_the_same_graph_gives_the_same_text(product: A
     assert text(first) == once
 
 
-@pytest.mark.parametrize("is_sharing", [False, True])
-def test_under_autocast_x_is_cast_to_the_dtype_of_the_result(is_sharing: bool) -> None:
-    """Two products of one x: each a cast of its own, whose gradients add up in float32, or one for both."""
-
-    def program(x, p, step_absmax, step_count, in_dim_seen):
-        w = observed(p, step_absmax, step_count, in_dim_seen)
-        return F.linear(x, w), F.linear(x, w)
-
-    graph_module = trace(program, x=(3, 4))
+def test_under_autocast_x_is_cast_to_the_dtype_of_the_result_once_for_all_products() -> None:
+    graph_module = trace_use(lambda x, w, b: (F.linear(x, w), F.linear(x, w)), x=(3, 4))
     for node in nodes(graph_module, F.linear):
         node.meta["example_value"] = torch.empty(3, 4, dtype=torch.bfloat16, device="meta")
-    normalize = NormalizeProducts(is_sharing_casts=is_sharing)
-    assert changes_of(normalize(graph_module).changes) == ["p: normalized"] * 2
-    casts = nodes(graph_module, "to")
-    assert [cast.args for cast in casts] == [(cast.args[0], torch.bfloat16) for cast in casts]
-    assert len(casts) == (1 if is_sharing else 2)
-    linears = nodes(graph_module, F.linear)
-    assert [linear.args[0] for linear in linears] == (casts * 2 if is_sharing else casts)
-    assert normalize(graph_module).changes == ()
+    assert changes_of(NormalizeProducts()(graph_module).changes) == ["w_int8: normalized"] * 2
+    (cast,) = nodes(graph_module, "to")
+    assert cast.args == (cast.args[0], torch.bfloat16)
+    assert cast.args[0].name == "x"
+    assert [linear.args[0] for linear in nodes(graph_module, F.linear)] == [cast, cast]
+    assert NormalizeProducts()(graph_module).changes == ()
 
 
 def test_an_edit_between_two_products_separates_their_casts() -> None:
-    def program(x, p, step_absmax, step_count, in_dim_seen):
-        w = observed(p, step_absmax, step_count, in_dim_seen)
+    def use(x: Any, w: Any, b: Any) -> Any:
         first = F.linear(x, w)
         x.add_(1)
         return first, F.linear(x, w)
 
-    graph_module = trace(program, x=(3, 4))
+    graph_module = trace_use(use, x=(3, 4))
     for node in nodes(graph_module, F.linear):
         node.meta["example_value"] = torch.empty(3, 4, dtype=torch.bfloat16, device="meta")
-    NormalizeProducts(is_sharing_casts=True)(graph_module)
+    NormalizeProducts()(graph_module)
     first, second = nodes(graph_module, "to")
+    assert [linear.args[0] for linear in nodes(graph_module, F.linear)] == [first, second]
     order = list(graph_module.graph.nodes)
     (edit,) = nodes(graph_module, "add_")
     assert order.index(first) < order.index(edit) < order.index(second)
@@ -234,15 +210,12 @@ def test_an_edit_between_two_products_separates_their_casts() -> None:
 def test_a_weight_in_another_dtype_keeps_one_cast() -> None:
     """DoRA with dropout in a bfloat16 model multiplies by the weight in float32: a linear of the cast weight."""
 
-    def program(x, p, step_absmax, step_count, in_dim_seen):
-        return x @ observed(p, step_absmax, step_count, in_dim_seen).to(torch.float32).t()
-
-    graph_module = trace(program, x=(3, 4))
+    graph_module = trace_use(lambda x, w, b: x @ w.to(torch.float32).t(), x=(3, 4))
     marker, cast, transpose, _ = list(graph_module.graph.nodes)[-5:-1]
     marker.meta["example_value"] = torch.empty(4, 4, dtype=torch.bfloat16, device="meta")
     cast.meta["example_value"] = transpose.meta["example_value"] = torch.empty(4, 4, device="meta")
-    assert changes_of(NormalizeProducts()(graph_module).changes) == ["p: normalized"]
+    assert changes_of(NormalizeProducts()(graph_module).changes) == ["w_int8: normalized"]
     assert text(graph_module) == (
-        f"{MARKER}\nto_1 = observe_weight_default.to(torch.float32)\nlinear = linear(x, to_1, None)\nreturn linear"
+        f"{MARKER}\nto_1 = dequantize_weight_default.to(torch.float32)\nlinear = linear(x, to_1, None)\nreturn linear"
     )
     assert NormalizeProducts()(graph_module).changes == ()

@@ -14,21 +14,12 @@ from torch.nn import functional as F  # noqa: N812
 from quaff_fx import ops
 from quaff_fx.errors import PassError
 from quaff_fx.numerics import sqnr_db
-from tests.passes.tracing import changes_of, nodes, quantized, quantized_values, text, trace
+from tests.passes.tracing import changes_of, nodes, quantized, quantized_values, text, trace, trace_use
 
 QUANTIZE = torch.ops.quaff.quantize_activation.default
 UPDATE = torch.ops.quaff.update_smoothing_scale.default
 LINEAR = torch.ops.quaff.linear.default
 MARKER = torch.ops.quaff.dequantize_weight.default
-
-
-def graph_of(use: Any, **marker: Any) -> GraphModule:
-    def program(
-        x: Any, w_int8: Any, w_scale: Any, w_outlier: Any, channels: Any, w_absmax: Any, s: Any, next_s: Any, bias: Any
-    ) -> Any:
-        return use(x, quantized(w_int8, w_scale, w_outlier, channels, w_absmax, s, next_s, **marker), bias)
-
-    return trace(program, bias=(4,))
 
 
 def two_linears(shares_state: bool, same_x: bool, between: Any = None, **second: Any) -> GraphModule:
@@ -64,7 +55,7 @@ def two_linears(shares_state: bool, same_x: bool, between: Any = None, **second:
 
 
 def test_a_linear_in_training() -> None:
-    graph_module = graph_of(lambda x, w, b: F.linear(x, w, b), training=True)
+    graph_module = trace_use(lambda x, w, b: F.linear(x, w, b), training=True)
     assert text(graph_module) == (
         "dequantize_weight_default = quaff.dequantize_weight.default(w_int8, w_scale, w_outlier, channels, w_absmax, "
         "s, next_s, 0.1, 127, True, torch.float32, 1)\n"
@@ -106,7 +97,7 @@ EVALUATION_TEXT = (
     ids=["evaluation", "static momentum"],
 )
 def test_a_scale_that_is_kept_is_not_updated(marker: dict[str, Any]) -> None:
-    graph_module = graph_of(lambda x, w, b: F.linear(x, w, b), q=63, **marker)
+    graph_module = trace_use(lambda x, w, b: F.linear(x, w, b), q=63, **marker)
     QuantizeLinears()(graph_module)
     assert text(graph_module) == EVALUATION_TEXT
 
@@ -120,7 +111,7 @@ def test_a_scale_that_is_kept_is_not_updated(marker: dict[str, Any]) -> None:
     ],
 )
 def test_every_form_of_a_linear_gives_the_same_text(use: Any) -> None:
-    graph_module = graph_of(use, q=63)
+    graph_module = trace_use(use, q=63)
     pipeline.quantize(graph_module)
     assert text(graph_module) == EVALUATION_TEXT
 
@@ -140,7 +131,7 @@ NEAR_MISSES = {
 
 @pytest.mark.parametrize(("use", "name"), NEAR_MISSES.values(), ids=NEAR_MISSES)
 def test_what_is_no_linear_over_the_in_features_stays_in_float_and_is_told(use: Any, name: str) -> None:
-    graph_module = graph_of(use)
+    graph_module = trace_use(use)
     changes = changes_of(pipeline.quantize(graph_module).changes)
     reason = f"w_int8: left alone (dequantized for {name}, which is no linear over its in-features)"
     assert [change for change in changes if "normalized" not in change] == [reason]
@@ -149,7 +140,7 @@ def test_what_is_no_linear_over_the_in_features_stays_in_float_and_is_told(use: 
 
 
 def test_a_linear_beside_another_use_is_quantized_and_the_marker_stays_for_the_other() -> None:
-    graph_module = graph_of(lambda x, w, b: (F.linear(x, w, b), w.sum()))
+    graph_module = trace_use(lambda x, w, b: (F.linear(x, w, b), w.sum()))
     changes = changes_of(pipeline.quantize(graph_module).changes)
     assert changes == [
         "w_int8: quantized",
@@ -165,7 +156,7 @@ def test_a_cast_weight_is_quantized_for_the_linear_and_dequantized_for_a_norm() 
         cast = w.to(torch.float32)
         return F.linear(x, w, b), F.linear(x + 1, cast), (cast + 0.5).norm(dim=1)
 
-    graph_module = graph_of(use)
+    graph_module = trace_use(use)
     changes = changes_of(pipeline.quantize(graph_module).changes)
     reason = "dequantized for add, which is no linear over its in-features"
     assert [c for c in changes if "normalized" not in c] == [
@@ -187,7 +178,7 @@ def test_a_cast_weight_is_quantized_for_the_linear_and_dequantized_for_a_norm() 
 )
 def test_an_edit_of_an_int8_weight_is_refused(edit: Any) -> None:
     """Before it is int8 such a weight is left alone; an edit that appears later would change a temporary."""
-    graph_module = graph_of(lambda x, w, b: (F.linear(x, w), edit(x, w)))
+    graph_module = trace_use(lambda x, w, b: (F.linear(x, w), edit(x, w)))
     with pytest.raises(PassError, match=r"w_int8: is edited in place by [\w.]+, expected no edit of an int8 weight"):
         pipeline.quantize(graph_module)
 
@@ -198,14 +189,14 @@ def test_a_weight_that_is_cast_and_edited_is_not_seen_as_the_weight() -> None:
         edited.zero_()
         return F.linear(x, edited, b)
 
-    graph_module = graph_of(use)
+    graph_module = trace_use(use)
     changes = changes_of(pipeline.quantize(graph_module).changes)
     assert changes == ["w_int8: left alone (dequantized for to, which is no linear over its in-features)"]
     assert nodes(graph_module, LINEAR) == []
 
 
 def test_a_linear_whose_x_is_the_weight_itself_keeps_the_marker_for_x() -> None:
-    graph_module = graph_of(lambda x, w, b: F.linear(w, w))
+    graph_module = trace_use(lambda x, w, b: F.linear(w, w))
     pipeline.quantize(graph_module)
     values = quantized_values(4, 4)
     w = torch.ops.quaff.dequantize_weight.default(*values, 0.1, 127, False, torch.float32, 1)
@@ -216,7 +207,7 @@ def test_a_linear_whose_x_is_the_weight_itself_keeps_the_marker_for_x() -> None:
 @pytest.mark.parametrize("training", [False, True])
 def test_the_quantized_graph_computes_the_linear(training: bool) -> None:
     """8-bit rounding of normal data with two outlier channels leaves more than 30 dB; the update is exact."""
-    graph_module = graph_of(lambda x, w, b: F.linear(x, w, b), training=training)
+    graph_module = trace_use(lambda x, w, b: F.linear(x, w, b), training=training)
     values = quantized_values(4, 64, s=5.0)
     x, bias = torch.randn(10, 64), torch.randn(4)
     x[:, [1, 0]] *= 20
@@ -233,7 +224,7 @@ def test_the_quantized_graph_computes_the_linear(training: bool) -> None:
 
 
 def test_the_gradient_of_x_flows_through_the_linear_alone() -> None:
-    graph_module = graph_of(lambda x, w, b: F.linear(x, w, b), training=True)
+    graph_module = trace_use(lambda x, w, b: F.linear(x, w, b), training=True)
     values = quantized_values(4, 64)
     x, dy = torch.randn(10, 64, requires_grad=True), torch.randn(10, 4)
     (expected,) = torch.autograd.grad(graph_module(x, *values, torch.zeros(4)), x, dy)
@@ -307,7 +298,7 @@ def test_twice_changes_nothing_and_the_same_graph_gives_the_same_text() -> None:
     def use(x: Tensor, w: Tensor, b: Tensor) -> Any:
         return F.linear(x, w, b), torch.addmm(b, x, w.t()), F.linear(x * 2, w), w.sum()
 
-    first, second = graph_of(use, training=True), graph_of(use, training=True)
+    first, second = trace_use(use, training=True), trace_use(use, training=True)
     pipeline.quantize(first)
     pipeline.quantize(second)
     once = text(first)
@@ -319,7 +310,7 @@ def test_twice_changes_nothing_and_the_same_graph_gives_the_same_text() -> None:
 
 
 def test_the_recorded_value_of_the_result_is_kept() -> None:
-    graph_module = graph_of(lambda x, w, b: F.linear(x, w, b))
+    graph_module = trace_use(lambda x, w, b: F.linear(x, w, b))
     (linear,) = nodes(graph_module, F.linear)
     linear.meta["example_value"] = value = torch.empty(3, 4, device="meta")
     QuantizeLinears()(graph_module)

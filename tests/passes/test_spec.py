@@ -13,17 +13,13 @@ from torch.fx import Graph, GraphModule, symbolic_trace
 from torch.nn import functional as F  # noqa: N812
 
 from quaff_fx.errors import PassError
-from tests.passes.tracing import observed, quantized, trace
+from tests.passes.tracing import quantized, trace
 
 quaff = torch.ops.quaff
 
 
 def quantized_program(x, w_int8, w_scale, w_outlier, channels, w_absmax, s, next_s):
     return F.linear(x, quantized(w_int8, w_scale, w_outlier, channels, w_absmax, s, next_s, training=True))
-
-
-def observed_program(x, p, step_absmax, step_count, in_dim_seen):
-    return F.linear(x, observed(p, step_absmax, step_count, in_dim_seen))
 
 
 def nested(body: GraphModule) -> GraphModule:
@@ -35,14 +31,11 @@ def nested(body: GraphModule) -> GraphModule:
 
 
 def test_what_the_passes_make_is_accepted() -> None:
-    spec.check_observed(pipeline.observe(trace(observed_program), 1.0).graph_module)
     spec.check_quantized(pipeline.quantize(trace(quantized_program)).graph_module)
 
 
 def test_graphs_without_markers_are_accepted() -> None:
-    plain = trace(lambda x, w: F.linear(x, w))
-    spec.check_observed(plain)
-    spec.check_quantized(plain)
+    spec.check_quantized(trace(lambda x, w: F.linear(x, w)))
 
 
 def test_a_marker_that_something_else_reads_is_accepted() -> None:
@@ -52,27 +45,10 @@ def test_a_marker_that_something_else_reads_is_accepted() -> None:
     spec.check_quantized(trace(program))
 
 
-@pytest.mark.parametrize("program", [observed_program, quantized_program])
-@pytest.mark.parametrize("wrap", [lambda g: g, nested], ids=["top", "subgraph"])
-def test_a_marker_in_an_observed_graph_is_refused(
-    program: Callable[..., Any], wrap: Callable[[GraphModule], GraphModule]
-) -> None:
-    with pytest.raises(PassError, match=r"weight_default: is a marker, expected none in an observed graph"):
-        spec.check_observed(wrap(trace(program)))
-
-
 @pytest.mark.parametrize("wrap", [lambda g: g, nested], ids=["top", "subgraph"])
 def test_a_float_linear_of_a_dequantized_weight_is_refused(wrap: Callable[[GraphModule], GraphModule]) -> None:
     with pytest.raises(PassError, match=r"linear: multiplies a dequantized weight in float, expected quaff\.linear"):
         spec.check_quantized(wrap(trace(quantized_program)))
-
-
-def test_an_observer_in_a_quantized_graph_is_refused() -> None:
-    observing = pipeline.observe(trace(observed_program), 1.0).graph_module
-    with pytest.raises(PassError, match="observe_default: observes, expected no observer in a quantized graph"):
-        spec.check_quantized(observing)
-    with pytest.raises(PassError, match="observe_weight_default: observes"):
-        spec.check_quantized(trace(observed_program))
 
 
 def int8_graph(build: Callable[..., Any]) -> GraphModule:

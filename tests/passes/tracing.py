@@ -10,17 +10,15 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node, symbolic_trace
 
-from quaff_fx import numerics, ops
+from quaff_fx import numerics
 
-OBSERVED = ("p", "step_absmax", "step_count", "in_dim_seen")
-"""The inputs of one `observe_weight` marker."""
 QUANTIZED = ("w_int8", "w_scale", "w_outlier", "channels", "w_absmax", "s", "next_s")
 """The inputs of one `dequantize_weight` marker."""
-
-
-def observed(*inputs: Tensor) -> Tensor:
-    marker: Tensor = torch.ops.quaff.observe_weight.default(*inputs)
-    return marker
+MARKER = (
+    "dequantize_weight_default = quaff.dequantize_weight.default(w_int8, w_scale, w_outlier, channels, w_absmax, "
+    "s, next_s, 0.1, 127, False, torch.float32, 1)"
+)
+"""The text of one marker."""
 
 
 def quantized(*inputs: Tensor, training: bool = False, momentum: float = 0.1, q: int = 127) -> Tensor:
@@ -35,6 +33,20 @@ def trace(function: Callable[..., Any], **shapes: tuple[int, ...]) -> GraphModul
         if node.op == "placeholder" and node.name in shapes:
             node.meta["example_value"] = torch.empty(shapes[node.name], device="meta")
     return graph_module
+
+
+def trace_use(
+    use: Callable[..., Any], bias: tuple[int, ...] = (4,), x: tuple[int, ...] | None = None, **marker: Any
+) -> GraphModule:
+    """Returns the traced ``use(x, w, bias)`` of a marked weight; shapes as in `trace`, the rest for the marker."""
+
+    def program(
+        x: Any, w_int8: Any, w_scale: Any, w_outlier: Any, channels: Any, w_absmax: Any, s: Any, next_s: Any, bias: Any
+    ) -> Any:
+        return use(x, quantized(w_int8, w_scale, w_outlier, channels, w_absmax, s, next_s, **marker), bias)
+
+    shapes = {"bias": bias} | ({} if x is None else {"x": x})
+    return trace(program, **shapes)
 
 
 def text(graph_module: GraphModule) -> str:
@@ -53,14 +65,6 @@ def nodes(graph_module: GraphModule, target: object) -> list[Node]:
 
 def changes_of(changes: Iterable[object]) -> list[str]:
     return [str(change) for change in changes]
-
-
-def observer_values(*shape: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Values for `OBSERVED`, the weight of `shape`."""
-    generator = torch.Generator().manual_seed(1)
-    size = max(shape)
-    weight = torch.randn(shape, generator=generator)
-    return weight, torch.zeros(size), torch.zeros(size), torch.tensor(ops.IN_DIM_UNSEEN)
 
 
 def quantized_values(out_features: int, in_features: int, s: float = 2.0) -> tuple[Tensor, ...]:
