@@ -14,11 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from quaff_fx import numerics, ops, state
+from quaff_fx import numerics, state
 from quaff_fx.errors import QuaffError, WeightError
 from quaff_fx.int8_weight import Int8Weight
-from quaff_fx.observe import Seen, Statistics
-from quaff_fx.sites import Site
 from quaff_fx.state import LoadedWeight, OutlierState, QuantizedWeight
 from quaff_fx.stored_tensor import StoredTensor
 from tests.data import dequantized_rows, normal, planted_outliers, quaff_error_bound
@@ -967,64 +965,3 @@ def test_the_next_smoothing_scale_counts_only_after_commit() -> None:
     assert outliers.smoothing_scale.tolist() == [5, 6]
     outliers.next_smoothing_scale.zero_()
     assert outliers.smoothing_scale.tolist() == [5, 6], "committed is a copy"
-
-
-# --- statistics --------------------------------------------------------------------------------------------------
-
-
-def no_steps(*shape: int) -> Statistics:
-    weight = nn.Parameter(torch.empty(shape), requires_grad=False)
-    module = nn.Module()
-    module.weight = weight
-    return Statistics.none(Site("", "weight", module, shape, weight.dtype))
-
-
-def test_a_step_folds_the_ranked_channels_in() -> None:
-    statistics = no_steps(3, 5)
-    for absmax in ([1.0, 9.0, 2.0, 8.0, 0.0], [7.0, 9.0, 2.0, 1.0, 0.0]):
-        statistics = statistics.with_step(Seen(torch.tensor(absmax), in_dim=1), 2, 0.0)
-    assert statistics.hits.tolist() == [1, 2, 0, 1, 0]
-    assert statistics.absmax_sum.tolist() == [8, 18, 4, 9, 0]
-    assert (statistics.steps, statistics.in_dim) == (2, 1)
-
-
-def test_a_step_with_a_threshold_folds_the_counts_in() -> None:
-    count = torch.tensor([0.0, 3.0, 0.0, 1.0, 0.0])
-    statistics = no_steps(3, 5).with_step(Seen(torch.ones(5), count, in_dim=1), 2, 100.0)
-    assert statistics.hits.tolist() == [0, 3, 0, 1, 0]
-    assert statistics.absmax_sum.tolist() == [1] * 5
-
-
-def test_a_step_changes_no_statistics_of_before() -> None:
-    """Whatever interrupts the fold, what was folded before stays."""
-    before = no_steps(3, 5).with_step(Seen(torch.ones(5), in_dim=1), 2, 0.0)
-    after = before.with_step(Seen(torch.ones(5), in_dim=1), 2, 0.0)
-    assert before.absmax_sum.tolist() == [1] * 5
-    assert before.hits.sum() == 2
-    assert before.steps == 1
-    assert after.absmax_sum.tolist() == [2] * 5
-
-
-@pytest.mark.parametrize("seen", [None, Seen()])
-def test_a_step_in_which_nothing_reads_the_weight_counts_as_a_step(seen: Seen | None) -> None:
-    statistics = no_steps(3, 5).with_step(Seen(torch.ones(5), in_dim=1), 2, 0.0).with_step(seen, 2, 0.0)
-    assert statistics.absmax_sum.tolist() == [1] * 5
-    assert (statistics.steps, statistics.in_dim) == (2, 1)
-
-
-def test_statistics_fit_either_orientation_of_the_weight() -> None:
-    for shape in ((3, 5), (5, 3)):
-        statistics = no_steps(*shape)
-        assert statistics.hits.shape == statistics.absmax_sum.shape == (5,)
-        assert statistics.in_dim == ops.IN_DIM_UNSEEN
-        in_dim = shape.index(3)
-        step = statistics.with_step(Seen(torch.tensor([1.0, 3.0, 2.0]), in_dim=in_dim), 1, 0.0)
-        assert step.absmax_sum.tolist() == [1, 3, 2, 0, 0]
-        assert step.hits.tolist() == [0, 1, 0, 0, 0]
-
-
-def test_linears_over_both_dimensions_are_a_conflict_for_good() -> None:
-    statistics = no_steps(5, 5)
-    for in_dim, joined in ((ops.IN_DIM_UNSEEN, -1), (1, 1), (-1, 1), (0, 2), (1, 2)):
-        statistics = statistics.with_step(Seen(torch.ones(5), in_dim=in_dim), 1, 0.0)
-        assert statistics.in_dim == joined
