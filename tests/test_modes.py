@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import threading
 
 import pytest
@@ -11,9 +12,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import quaff_fx
-from quaff_fx import calls
 from quaff_fx.api import stages_of
-from quaff_fx.state import QuantizedWeight
+from quaff_fx.state import RUN, QuantizedWeight, int8_places
 from tests.models import Run, cosine, float_llama, tiny_llama, token_ids, with_lora
 
 pytestmark = [pytest.mark.compile, pytest.mark.slow]
@@ -157,7 +157,7 @@ class TestDtypes:
 
 def call_blocks_eagerly(model: nn.Module) -> None:
     for block in stages_of(model).blocks:
-        calls.install(block, calls.call_eagerly)
+        del block.__dict__[RUN]
 
 
 class TestGeneration:
@@ -222,6 +222,10 @@ def test_gradients_of_inputs(quantized, reference):
     assert not torch.equal(gradients[0]["inputs"], gradients[1]["inputs"])
 
 
+def pickled(module: nn.Module) -> nn.Module:
+    return pickle.loads(pickle.dumps(module))
+
+
 class TestCopiesAndStates:
     @pytest.mark.compatibility("Running modes", "deepcopy while observing")
     def test_a_copy_goes_on_observing(self):
@@ -230,11 +234,67 @@ class TestCopiesAndStates:
         copied = copy.deepcopy(model)
         for each in (model, copied):
             Run(each).step(token_ids(seed=2))
+        for each in (model, copied):
             stages_of(each).convert()
         channels = [[row.outlier_channels for row in quaff_fx.explain(each).rows] for each in (model, copied)]
         assert channels[0] == channels[1]
         assert sum(bool(outliers) for outliers in channels[0]) == 14
         assert [quaff_fx.explain(each).steps for each in (model, copied)] == [2, 2]
+
+    def test_a_copy_that_does_not_train_is_converted_with_the_model(self):
+        """A reference model, or an average of weights, has to have the parameters of the model that it is a copy of."""
+        model = quaff_fx.compile(llama(), QUIET)
+        copied, other = copy.deepcopy(model), copy.deepcopy(model)
+        Run(other).step(token_ids(seed=3))  # this one trains: it goes its own way
+        Run(model).step(token_ids(seed=1))
+        Run(model).step(token_ids(seed=2))
+        assert [quaff_fx.explain(each).stage for each in (model, copied, other)] == ["quantize", "quantize", "observe"]
+        state, expected = copied.state_dict(), model.state_dict()
+        assert state.keys() == expected.keys()
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in state.items())
+        assert not any(tensor.data_ptr() == expected[name].data_ptr() for name, tensor in state.items())
+        with torch.no_grad():
+            assert torch.equal(*(each(input_ids=token_ids()).logits for each in (model, copied)))
+
+    @pytest.mark.parametrize("is_int8", [False, True], ids=["observing", "converted"])
+    @pytest.mark.parametrize("copied", [copy.deepcopy, pickled], ids=["deepcopy", "pickle"])
+    @pytest.mark.parametrize("part", ["model", "inner", "block"])
+    def test_copies_of_the_whole_and_of_parts(self, part, copied, is_int8):
+        """Each runs on its own: what is done with it leaves the original as it is."""
+        model = quaff_fx.compile(tiny_llama(), QUIET)
+        if is_int8:
+            quaff_fx.calibrate(model, [token_ids()])
+        inner = model.base_model.model.model
+        original = {"model": model, "inner": inner, "block": inner.layers[1]}[part]
+        other = copied(original)
+        assert type(other) is type(original)
+        assert [type(module) for module in other.modules()] == [type(module) for module in original.modules()]
+        state, expected = other.state_dict(), original.state_dict()
+        assert state.keys() == expected.keys()
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in state.items())
+        if part == "block":
+            x = torch.randn(2, 24, 48)
+            positions = inner.rotary_emb(x, torch.arange(24)[None])
+            with torch.no_grad():
+                outputs = [block.quaff_forward(x, position_embeddings=positions) for block in (original, other)]
+                assert torch.equal(outputs[0], other(x, position_embeddings=positions))
+            assert torch.equal(*outputs)
+            assert len(int8_places(other)) == 7 * is_int8
+            return
+        with torch.no_grad():
+            assert torch.equal(*(each(input_ids=token_ids())[0] for each in (original, other)))
+        stages = stages_of(other)
+        assert stages is not stages_of(original)
+        assert stages.stage == ("quantize" if is_int8 else "observe")
+        steps = stages.steps
+        other(input_ids=token_ids())[0].sum().backward()
+        assert stages.steps == steps + (not is_int8)
+        assert stages_of(original).steps == steps
+        assert all(p.grad is None for p in original.parameters())
+        quaff_fx.dequantize(other)
+        assert int8_places(other) == []
+        assert len(int8_places(original)) == 14 * is_int8
+        assert quaff_fx.explain(original).stage == ("quantize" if is_int8 else "observe")
 
     @pytest.mark.compatibility("Running modes", "state dict through torch.save and torch.load")
     def test_state_dict_on_disk(self, quantized, tmp_path):
@@ -301,7 +361,7 @@ def test_attention_of_torch_is_never_fused_away():
     with torch.no_grad():
         before_training = model(x)
     model.train()
-    model(x)
+    model(x).sum().backward()
     stages_of(model).convert()
     call_blocks_eagerly(model)
     model.eval()
