@@ -22,8 +22,8 @@ from benchmarks import accuracy_layers as layers
 from benchmarks import peers
 from benchmarks.peers import PAPER, QuaffLinear, adapted_layers, with_base_layers
 from examples.word_problems import Batch
-from quaff_fx import calls
 from quaff_fx.api import stages_of
+from quaff_fx.state import RUN
 
 ACTIVATION_MAX = {8: 127, 7: 63}
 
@@ -147,7 +147,7 @@ def without_compiler(model: nn.Module) -> nn.Module:
     One difference: what `smoothing="momentum"` calibrated stays, as only the compiled graph moves it on.
     """
     for block in stages_of(model).blocks:
-        calls.install(block, calls.call_eagerly)
+        del block.__dict__[RUN]
     return model
 
 

@@ -25,7 +25,7 @@ def adapted() -> tuple[nn.Module, list[torch.Tensor]]:
 
 
 def needs_compiler(system: peers.System) -> bool:
-    """quaff_fx calibrates in a traced graph; the others are the same model with and without Inductor."""
+    """Only quaff_fx needs its compiled form here; the others are the same model with and without Inductor."""
     return system.activation_max is not None
 
 
