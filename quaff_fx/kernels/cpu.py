@@ -331,9 +331,12 @@ def _library(variant: str) -> ctypes.CDLL:
     processor = hashlib.sha256(" ".join(sorted(_cpu_flags())).encode()).hexdigest()
     # The warnings are gcc bug 105593, in its own AVX512 headers.
     flags = (*VARIANTS[variant], "-ffp-contract=fast", "-Wno-uninitialized", "-Wno-maybe-uninitialized")
-    library: ctypes.CDLL = CppCodeCache.load(
-        f"// CPU features: {processor}\n{source()}", extra_flags=flags, needs_vec_isa=False
-    )
+    code = f"// CPU features: {processor}\n{source()}"
+    return with_signatures(CppCodeCache.load(code, extra_flags=flags, needs_vec_isa=False))
+
+
+def with_signatures(library: ctypes.CDLL) -> ctypes.CDLL:
+    """Returns a library made from `source`, told what its functions take."""
     library.quaff_instruction_set.restype = ctypes.c_char_p
     pointer, size, integer = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
     library.quaff_int8_linear.argtypes = (
