@@ -79,31 +79,36 @@ def calibrate(model: Model, batches: Iterable[Any], *, forward: Callable[[Model,
         CalibrationError: there was no batch, the model was converted before, or an activation was not finite.
     """
     stages = stages_of(model)
-    if stages.is_converting:  # an earlier call was interrupted when all had been observed
-        stages.settle()
-        return model
-    if stages.stage != "observe":
+    is_again = stages.mode_before_calibrate is not None  # an earlier call was interrupted: this one goes on
+    if stages.stage != "observe" and not is_again:
         raise CalibrationError(
             "model: was calibrated before: its weights are int8 already, expected a model that is still observed. "
             "Calibrate before training."
         )
-    run = forward or _forward
-    before, was_training = stages.calibration, model.training
-    model.eval()
+    before = stages.calibration
+    if not is_again:
+        stages.mode_before_calibrate = model.training
     try:
-        with torch.no_grad(), hosts.without_kv_cache(model):
-            for batch in tqdm(batches, desc="quaff_fx: calibrating", disable=not stages.config.progress, leave=False):
-                stages.observe_now(lambda batch=batch: run(model, batch))  # type: ignore[misc]
-        if stages.steps == 0:
-            raise CalibrationError("batches: are empty, expected at least one. Pass some batches of the training data.")
+        if stages.stage == "observe" and not stages.is_converting:
+            model.eval()
+            _observe(stages, model, batches, forward or _forward)
         stages.convert()
     except BaseException:
-        if not stages.is_converting:  # another call begins anew
+        if stages.stage == "observe" and not stages.is_converting:  # another call begins anew
             stages.calibration = before
         raise
     finally:
-        model.train(was_training)
+        model.train(bool(stages.mode_before_calibrate))
+    stages.mode_before_calibrate = None
     return model
+
+
+def _observe(stages: Stages, model: Model, batches: Iterable[Any], forward: Callable[[Model, Any], Any]) -> None:
+    with torch.no_grad(), hosts.without_kv_cache(model):
+        for batch in tqdm(batches, desc="quaff_fx: calibrating", disable=not stages.config.progress, leave=False):
+            stages.observe_now(lambda batch=batch: forward(model, batch))  # type: ignore[misc]
+    if stages.steps == 0:
+        raise CalibrationError("batches: are empty, expected at least one. Pass some batches of the training data.")
 
 
 def dequantize(model: Model) -> Model:

@@ -1,13 +1,11 @@
-"""What a call of a module runs: compiled or eager code, with all of its hooks, and nothing while weights change."""
+"""What a call of a module runs: the compiled or the eager code of a block, with all of its hooks."""
 
 from __future__ import annotations
 
 import functools
 import itertools
-import threading
 import types
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -69,22 +67,6 @@ def is_compiled(module: nn.Module) -> bool:
     return module._compiled_call_impl is not None or isinstance(module, torch._dynamo.eval_frame.OptimizedModule)
 
 
-def current_backward() -> int:
-    """Returns the number of the backward that this thread is in, -1 outside of any."""
-    return int(torch._C._current_graph_task_id())
-
-
-def is_in_backward() -> bool:
-    """Tells whether this thread is in a backward: activation checkpointing replays forwards there."""
-    return current_backward() != -1
-
-
-def after_backward(then: Callable[[], None]) -> None:
-    """Calls `then` when the backward that this thread is in has run to its end; never if it fails."""
-    torch.autograd.Variable._execution_engine.queue_callback(then)  # type: ignore[attr-defined]
-
-
-
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _GLOBAL_HOOKS = tuple("_global" + name for name in _HOOKS)
 
@@ -115,50 +97,3 @@ def hooked_module(block: nn.Module) -> nn.Module | None:
             hosts.hide_idle_hooks(module)
         modules.extend(module._modules.values())
     return None
-
-
-class Gate:
-    """Lets the forwards of all threads in, and none while one thread changes the weights; that one waits for the rest.
-
-    A thread that is inside may enter again.
-    """
-
-    def __init__(self) -> None:
-        self._changed = threading.Condition()
-        self._inside: dict[int, int] = {}
-        self._alone: int | None = None
-
-    @contextmanager
-    def entered(self) -> Iterator[None]:
-        """While a forward runs."""
-        here = threading.get_ident()
-        with self._changed:
-            self._changed.wait_for(lambda: self._alone in (None, here))
-            self._inside[here] = self._inside.get(here, 0) + 1
-        try:
-            yield
-        finally:
-            with self._changed:
-                self._inside[here] -= 1
-                if not self._inside[here]:
-                    del self._inside[here]
-                self._changed.notify_all()
-
-    @contextmanager
-    def alone(self) -> Iterator[None]:
-        """While weights change."""
-        here = threading.get_ident()
-        with self._changed:
-            self._changed.wait_for(lambda: self._alone in (None, here))
-            before, self._alone = self._alone, here
-            try:
-                self._changed.wait_for(lambda: not self._inside.keys() - {here})
-            except BaseException:
-                self._alone = before
-                raise
-        try:
-            yield
-        finally:
-            with self._changed:
-                self._alone = before
-                self._changed.notify_all()

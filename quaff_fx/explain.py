@@ -14,7 +14,7 @@ from quaff_fx.api import stages_of
 from quaff_fx.kernels import product
 from quaff_fx.sites import Site
 from quaff_fx.stages import Stages
-from quaff_fx.state import LoadedWeight, QuantizedWeight, WeightState
+from quaff_fx.state import LoadedWeight, QuantizedWeight
 
 SHOWN_CHANNELS = 4
 
@@ -182,7 +182,9 @@ def _row(site: Site, stages: Stages, tokens: int) -> Row:
 def _tokens(stages: Stages) -> int:
     """How many rows most matrices multiplied in the calibration steps; 1 before the first one."""
     counted = stages.calibration.multiply_adds
-    uses = [counted[site.weight_name] // math.prod(site.shape) for site in stages.sites if counted.get(site.weight_name)]
+    uses = [
+        counted[site.weight_name] // math.prod(site.shape) for site in stages.sites if counted.get(site.weight_name)
+    ]
     return statistics.median_low(uses) if uses else 1
 
 

@@ -40,7 +40,9 @@ class Graph:
 
 
 def graphs(model: nn.Module) -> tuple[Graph, ...]:
-    """Returns the graphs traced so far for `model`, oldest first; none while it calibrates. Blocks of a class share theirs.
+    """Returns the graphs traced so far for `model`, oldest first; none while it calibrates.
+
+    Blocks of one class share theirs.
 
     Raises:
         ConfigError: the model was not compiled by quaff_fx.

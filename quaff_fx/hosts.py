@@ -77,11 +77,11 @@ def _replace_method(owner: type, name: str, wrap: Callable[[Any], Any]) -> None:
     original = getattr(owner, name, None)
     if original is None:
         raise WeightError(
-            f"peft: {owner.__name__} has no method {name}, expected the one of peft 0.21. Install a version of peft that "
-            "this version of quaff_fx names, or without peft."
+            f"peft: {owner.__name__} has no method {name}, expected the one of peft 0.21. Install a version that this "
+            "version of quaff_fx was made for."
         )
     if not hasattr(original, "_quaff_guard"):
-        guarded = functools.wraps(original)(wrap(original))
+        guarded: Any = functools.wraps(original)(wrap(original))
         guarded._quaff_guard = True
         setattr(owner, name, guarded)
 
@@ -154,9 +154,9 @@ def is_idle_hook(hook: Any) -> bool:
 
 
 def hide_idle_hooks(module: nn.Module) -> None:
-    """Makes the hooks that `is_idle_hook` tells of do nothing while they are traced: Dynamo would break the graph there.
+    """Makes the hooks that `is_idle_hook` tells of do nothing while they are traced; what is compiled runs only then.
 
-    What is compiled runs only while they are idle.
+    Dynamo would break the graph at each of them.
     """
     for key, hook in module._forward_hooks.items():
         if not hasattr(hook, "_quaff_hidden") and is_idle_hook(hook):
@@ -218,4 +218,3 @@ def untraced_modules(model: nn.Module) -> list[str]:
     if torch._dynamo.config.allow_rnn:
         return []
     return [name for name, module in model.named_modules() if isinstance(module, nn.RNNBase)]
-

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, Protocol
 
 import torch
@@ -121,7 +120,7 @@ def _dequantized(weight: Int8Weight) -> Tensor:
 
 
 def product_operands(
-    func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[Any, Any, Tensor | None, int] | None:
     """Returns x, weight, bias of a product, and the dimension of the weight that it reduces over; None of all else."""
     if func is nn.functional.linear:

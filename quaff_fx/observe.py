@@ -156,19 +156,23 @@ class Observer(TorchFunctionMode):
         site = self._sites.get(id(tensor))
         if site is not None and site.module._parameters.get(site.parameter) is tensor:  # not one that took its id
             return site, False
-        found: tuple[Site, bool] | None = self._transposed.get(tensor) if self._transposed else None
+        found: tuple[Site, bool] | None = self._transposed.get(tensor)  # type: ignore[no-untyped-call]
         return found
 
     def _look(
         self,
         func: Any,
         args: tuple[Any, ...],
-        kwargs: Mapping[str, Any],
+        kwargs: dict[str, Any],
         weights: list[tuple[Tensor, tuple[Site, bool]]],
         result: Any,
     ) -> None:
         name = matching.function_name(func)
         operands = product_operands(func, args, kwargs)
+        if operands is not None and (form := _reason_not_plain(operands[0])):
+            for _, (site, _) in weights:
+                self._note_reader(site, f"{name} {form}")
+            return
         for tensor, (site, transposed) in weights:
             is_first = bool(args) and args[0] is tensor
             is_viewed = is_first and isinstance(result, Tensor)
@@ -226,6 +230,13 @@ def _tensors(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[Tenso
             yield from (item for item in value if isinstance(item, Tensor))
 
 
+def _reason_not_plain(x: Any) -> str:
+    """What keeps an activation from being seen as rows of features; empty if nothing does."""
+    if isinstance(x, Tensor) and x.is_nested:
+        return "of a nested tensor"
+    return "under torch.func" if torch._C._functorch.is_functorch_wrapped_tensor(x) else ""  # type: ignore[attr-defined]
+
+
 def _operand_beside(weight: Tensor, tensors: list[Tensor]) -> Tensor:
     """What a product multiplies `weight` by: the tensor before it, or behind it if it comes first."""
     index = next(index for index, tensor in enumerate(tensors) if tensor is weight)
@@ -260,4 +271,3 @@ def loaded_weight(site: Site) -> LoadedWeight | None:
     """Returns the weight of a site that was loaded as int8, None of any other."""
     weight = state.states_of(site.module).get(site.parameter)
     return weight if isinstance(weight, LoadedWeight) else None
-

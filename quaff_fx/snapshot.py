@@ -180,13 +180,12 @@ def _bring_back(model: nn.Module, saved: SavedState) -> None:
     if saved.stage == "observe":
         stages.calibration = _calibration(stages, saved)
         return
+    calibration = Calibration(saved.steps, multiply_adds=saved.multiply_adds)
     if stages.stage == "observe":
-        plan = _plan(stages, saved)
-        stages.calibration = Calibration(saved.steps, multiply_adds=saved.multiply_adds)
-        stages.convert(plan)
+        stages.convert(_plan(stages, saved), calibration)
     else:
         _bring_back_smoothing_scales(stages, saved)
-        stages.calibration = Calibration(saved.steps, multiply_adds=saved.multiply_adds)
+        stages.calibration = calibration
 
 
 def _calibration(stages: Stages, saved: SavedState) -> Calibration:

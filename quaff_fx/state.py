@@ -67,7 +67,7 @@ class LoadedWeight(_KeepsFloat32):
         self.source = source
 
     def read(self) -> Tensor:
-        """Returns the weight in the layout of the original parameter: an `Int8Weight`, plain operations while traced."""
+        """Returns the weight in the layout of the original parameter: an `Int8Weight`, or operations while traced."""
         if not torch.compiler.is_compiling():
             return Int8Weight(self)
         weight = self.dequantized()
@@ -214,7 +214,7 @@ class QuantizedWeight(_KeepsFloat32):
         return [int(part.sum(dtype=torch.int64)) for part in parts]
 
     def _load_from_state_dict(self, *args: Any) -> None:
-        super()._load_from_state_dict(*args)  # type: ignore[no-untyped-call]
+        super()._load_from_state_dict(*args)
         self.remember_values()
 
     def __setstate__(self, values: dict[str, Any]) -> None:
@@ -290,12 +290,16 @@ def _class_of(base: type[nn.Module], names: tuple[str, ...], is_block: bool) -> 
 
     body: dict[str, Any] = {
         **{name: reader(name) for name in names},
-        **{"quaff_base": base, "quaff_names": names, "quaff_is_block": is_block},
-        **{"__reduce_ex__": reduce, "__module__": __name__, "__doc__": base.__doc__},
+        "quaff_base": base,
+        "quaff_names": names,
+        "quaff_is_block": is_block,
+        "__reduce_ex__": reduce,
+        "__module__": __name__,
+        "__doc__": base.__doc__,
     }
     if names:
 
-        def assign(module: nn.Module, name: str, value: object) -> None:
+        def assign(module: nn.Module, name: str, value: Any) -> None:
             if name in names and not _is_own_weight(module, name, value):
                 raise WeightError(
                     f"{name} of {base.__name__}: is int8, expected no other tensor in its place. Call "
@@ -305,7 +309,7 @@ def _class_of(base: type[nn.Module], names: tuple[str, ...], is_block: bool) -> 
                 base.__setattr__(module, name, value)
 
         def load(module: nn.Module, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-            base._load_from_state_dict(module, state_dict, prefix, *rest)  # type: ignore[no-untyped-call]
+            base._load_from_state_dict(module, state_dict, prefix, *rest)
             for name in names:
                 if prefix + name in state_dict:
                     rest[-1].append(  # the errors, which `load_state_dict` raises whatever ``strict`` says
@@ -323,7 +327,12 @@ def _class_of(base: type[nn.Module], names: tuple[str, ...], is_block: bool) -> 
             return forward(module, *args, **kwargs) if through is None else through(module, args, kwargs)
 
         # Looked at by name: accelerate's and FSDP's policies, the list of classes in a saved config.
-        body |= {"forward": run, "quaff_forward": forward, "__module__": base.__module__, "__qualname__": base.__qualname__}
+        body |= {
+            "forward": run,
+            "quaff_forward": forward,
+            "__module__": base.__module__,
+            "__qualname__": base.__qualname__,
+        }
     made = type(base.__name__ if is_block else f"Quaff{base.__name__}", (base,), body)
     _CLASSES[base, names, is_block] = made
     return made
@@ -341,7 +350,8 @@ def base_class(module: nn.Module) -> type[nn.Module]:
 
 def _is_own_weight(module: nn.Module, name: str, value: object) -> bool:
     """Tells whether `value` is what reading the weight gave: PEFT assigns it back when it unloads an adapter."""
-    return isinstance(value, Int8Weight) and value._state is module._modules[SLOT_PREFIX + name]
+    state: object = module._modules[SLOT_PREFIX + name]
+    return isinstance(value, Int8Weight) and value._state is state
 
 
 def states_of(module: nn.Module) -> dict[str, WeightState]:

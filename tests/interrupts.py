@@ -1,16 +1,17 @@
 """Ctrl-C before every line of the product, in all that changes a model: the next call has to go on as if nothing was.
 
-Each program runs once undisturbed, then once for each line of the product that it runs (the first and the last time that
-it does), interrupted there; what was interrupted is called again, as a person does in a notebook. The result has to be
-that of the undisturbed run, bit for bit.
+Each program runs once undisturbed, then once for each line of the product that it runs (the first and the last time
+that it does), interrupted there; what was interrupted is called again, as a person does in a notebook. The result has
+to be that of the undisturbed run, bit for bit.
 """
 
 from __future__ import annotations
 
 import contextlib
+import linecache
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -20,12 +21,12 @@ import torch
 from torch import Tensor, nn
 
 import quaff_fx
-from quaff_fx import api, calls, convert, int8_weight, observe, saved_state, sites, snapshot, stages, state
+from quaff_fx import api, calls, convert, forwards, int8_weight, observe, saved_state, sites, snapshot, stages, state
 from quaff_fx.stages import ATTRIBUTE
 
 FILES = {
     module.__file__
-    for module in (api, calls, convert, int8_weight, observe, saved_state, sites, snapshot, stages, state)
+    for module in (api, calls, convert, forwards, int8_weight, observe, saved_state, sites, snapshot, stages, state)
 }
 CONFIG = {"calibration_steps": 2, "progress": False}
 
@@ -181,7 +182,7 @@ def outcome(program: Callable[[Again], nn.Module], again: Again) -> dict[str, An
     found: dict[str, Any] = dict(model.state_dict())
     found |= {f"{name}.grad": p.grad for name, p in model.named_parameters() if p.grad is not None}
     found |= {f"{name} class": type(module).__name__ for name, module in model.named_modules()}
-    found["ties"] = len(list(model.parameters()))
+    found["ties"], found["mode"] = len(list(model.parameters())), model.training
     if any(ATTRIBUTE in module.__dict__ for module in model.modules()):
         found["explained"] = str(quaff_fx.explain(model))
         found["steps"] = quaff_fx.explain(model).steps
@@ -196,64 +197,77 @@ def is_equal(left: dict[str, Any], right: dict[str, Any]) -> bool:
     )
 
 
+class Lines:
+    """Counts the lines of the product that run, and raises before the one that is numbered so."""
+
+    def __init__(self, raise_at: int | None = None) -> None:
+        self.raise_at = raise_at
+        self.seen: dict[tuple[str, int], list[int]] = {}
+        self.count = 0
+        self.where = ""
+        self._left: set[tuple[int, int]] = set()  # `with` lines that a frame has been at
+
+    def __call__(self, frame: FrameType, event: str, _: Any) -> Any:
+        path, line = frame.f_code.co_filename, frame.f_lineno
+        if path not in FILES:
+            return None
+        if event != "line" or self._leaves_with(frame):
+            return self
+        self.seen.setdefault((path, line), []).append(self.count)
+        self.count += 1
+        if self.count - 1 == self.raise_at:
+            self.where = f"{Path(path).name}:{line}"
+            sys.settrace(None)
+            raise KeyboardInterrupt
+        return self
+
+    def _leaves_with(self, frame: FrameType) -> bool:
+        """A `with` block that ends comes back to its line. Python looks for no signal there, and an exception raised
+        there would skip `__exit__` (its issue 29988).
+        """
+        key = (id(frame), frame.f_lineno)
+        if not linecache.getline(frame.f_code.co_filename, frame.f_lineno).lstrip().startswith("with "):
+            return False
+        is_again = key in self._left
+        self._left.symmetric_difference_update({key})
+        return is_again
+
+    @contextlib.contextmanager
+    def on(self) -> Iterator[None]:
+        before = sys.gettrace()
+        sys.settrace(self)
+        try:
+            yield
+        finally:
+            sys.settrace(before)
+
+
 def lines_of(program: Callable[[Again], nn.Module]) -> list[int]:
     """The numbers of the lines at which to interrupt: of each line of the product its first and its last time."""
-    seen: dict[tuple[str, int], list[int]] = {}
-    count = 0
-
-    def trace(frame: FrameType, event: str, _: Any) -> Any:
-        nonlocal count
-        if frame.f_code.co_filename not in FILES:
-            return None
-        if event == "line":
-            seen.setdefault((frame.f_code.co_filename, frame.f_lineno), []).append(count)
-            count += 1
-        return trace
+    lines = Lines()
 
     def again(call: Callable[[], Any]) -> Any:
-        with tracing(trace):
+        with lines.on():
             return call()
 
     outcome(program, again)
-    return sorted({number for numbers in seen.values() for number in (numbers[0], numbers[-1])})
-
-
-@contextlib.contextmanager
-def tracing(trace: Any) -> Any:
-    before = sys.gettrace()
-    sys.settrace(trace)
-    try:
-        yield
-    finally:
-        sys.settrace(before)
+    return sorted({number for numbers in lines.seen.values() for number in (numbers[0], numbers[-1])})
 
 
 def interrupted(program: Callable[[Again], nn.Module], number: int) -> tuple[dict[str, Any], str]:
     """What a program leaves that is interrupted before the line of this number, and where that was."""
-    count, where = 0, ""
-
-    def trace(frame: FrameType, event: str, _: Any) -> Any:
-        nonlocal count, where
-        if frame.f_code.co_filename not in FILES:
-            return None
-        if event == "line":
-            count += 1
-            if count - 1 == number:
-                where = f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
-                sys.settrace(None)
-                raise KeyboardInterrupt
-        return trace
+    lines = Lines(raise_at=number)
 
     def again(call: Callable[[], Any]) -> Any:
-        if where:
+        if lines.where:
             return call()
         try:
-            with tracing(trace):
+            with lines.on():
                 return call()
         except KeyboardInterrupt:
             return call()
 
-    return outcome(program, again), where
+    return outcome(program, again), lines.where
 
 
 def run(programs: tuple[Callable[[Again], nn.Module], ...] = PROGRAMS, every: int = 1) -> Counts:
