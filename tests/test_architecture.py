@@ -19,6 +19,7 @@ ORDER = (
     "errors",
     "config",
     "numerics",
+    "kernels",
     "kernels.reference",
     "kernels.cpu",
     "kernels.cuda",
