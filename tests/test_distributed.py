@@ -16,7 +16,6 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import quaff_fx
-from quaff_fx.graphs import Graph
 from quaff_fx.state import QuantizedWeight
 from tests.models import VOCABULARY, tiny_llama
 
@@ -66,10 +65,6 @@ def train(root: nn.Module, ids_of: Callable[[int], Tensor], start: int = 0, step
 
 def quantized_weights(root: nn.Module) -> list[QuantizedWeight]:
     return [module for module in root.modules() if isinstance(module, QuantizedWeight)]
-
-
-def quantized_graphs(root: nn.Module) -> list[Graph]:
-    return [graph for graph in quaff_fx.graphs(root) if graph.stage == "quantize"]
 
 
 def outlier_channels(root: nn.Module) -> list[list[int]]:
@@ -140,7 +135,7 @@ def fsdp_after_conversion(rank: int) -> dict[str, Any]:
         "channels": outlier_channels(root),
         "full_bytes": sum(w.w_int8.numel() for w in quantized_weights(root)),
         "local_bytes": sum(w.w_int8.to_local().numel() for w in quantized_weights(root)),
-        "products": [graph.rewritten.count("torch.ops.quaff.linear.default(") for graph in quantized_graphs(root)],
+        "products": [graph.rewritten.count("torch.ops.quaff.linear.default(") for graph in quaff_fx.graphs(root)],
     }
 
 

@@ -86,21 +86,24 @@ def die() -> None:
 
 
 def dies_while_calibrating() -> None:
-    """In the fourth forward, the second of a step."""
-    observe_step = Stages.observe_step
+    """Between the fourth forward, the second of a step, and its backward."""
+    run = Stages.run
 
-    def observe(stages: Stages, forward: Callable[[], Any], show: bool = True) -> Any:
-        return observe_step(stages, (lambda: (forward(), die())) if stages.steps == 3 else forward, show)
+    def run_until(stages: Stages, module: nn.Module, *call: Any) -> Any:
+        result = run(stages, module, *call)
+        if stages.steps == 3 and module is stages.model:
+            die()
+        return result
 
-    Stages.observe_step = observe
+    Stages.run = run_until
 
 
 def dies_while_converting() -> None:
-    """When five of the fourteen weights are int8."""
+    """When five of the fourteen weights are int8: the conversion is due when the fourth step is to be saved."""
     attach, converted = state.attach, []
 
-    def attach_until(module: nn.Module, states: dict[str, Any]) -> None:
-        attach(module, states)
+    def attach_until(module: nn.Module, states: dict[str, Any], **weights: nn.Parameter) -> None:
+        attach(module, states, **weights)
         converted.extend(each for each in states.values() if isinstance(each, QuantizedWeight))
         if len(converted) == 5:
             die()
@@ -183,7 +186,7 @@ def test_a_run_that_is_killed_again_and_again_is_the_uninterrupted_one(uninterru
     """One checkpoint is kept, so each kill would lose the run if an older one were deleted too early."""
     deaths = [
         (dies_while_calibrating, "checkpoint-1", "observe"),
-        (dies_while_converting, "checkpoint-2", "observe"),
+        (dies_while_converting, "checkpoint-1", "observe"),
         (dies_while_saving_the_state, "checkpoint-3", "quantize"),
         (dies_while_saving_the_trainer_state, "checkpoint-4", "quantize"),
     ]
