@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quaff_fx import numerics
+from quaff_fx import numerics, ops
 from quaff_fx.errors import WeightError
 from quaff_fx.int8_weight import Int8Weight
 from quaff_fx.stored_tensor import StoredTensor
@@ -248,9 +248,14 @@ class QuantizedWeight(_KeepsFloat32):
         return weight
 
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """Returns x Wᵀ + bias through the int8 product, differentiable, with the smoothing scale as it is."""
-        channels, s = self.outliers.outlier_channels, self.outliers.smoothing_scale
-        numbers = (self.activation_max, self.rotation)
+        """Returns x Wᵀ + bias through the int8 product, differentiable; in training writes the next smoothing scale."""
+        outliers, numbers = self.outliers, (self.activation_max, self.rotation)
+        channels, s = outliers.outlier_channels, outliers.smoothing_scale
+        if self.training and outliers.momentum != ops.STATIC_MOMENTUM:
+            state = (channels, outliers.outlier_w_absmax, s, outliers.momentum)
+            with torch.no_grad():
+                updated = torch.ops.quaff.update_smoothing_scale.default(x.detach(), *state)
+                outliers.next_smoothing_scale.copy_(updated)
         parts = torch.ops.quaff.quantize_activation.default(x.detach(), channels, s, *numbers)
         y: Tensor = torch.ops.quaff.linear.default(x, *parts, self.w_int8, self.w_scale, self.w_outlier, bias, *numbers)
         return y

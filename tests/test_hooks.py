@@ -115,8 +115,7 @@ def test_a_hook_in_a_block_that_stays_is_told_once() -> None:
     model = converted()
     model.body.blocks[0].down.register_forward_hook(lambda m, a, y: None)
     with pytest.warns(quaff_fx.QuaffWarning, match=r"body.blocks.0.down: has a hook and lies in a block") as found:
-        for _ in range(2 * notices.HOOKED_LIMIT):
-            step(model)
+        _ = [step(model) for _ in range(2 * notices.HOOKED_LIMIT)]
     assert sum("has a hook" in str(warning.message) for warning in found) == 1
 
 
@@ -176,7 +175,8 @@ def test_dequantize_leaves_transformers_hooks_as_they_were(llama) -> None:
         quaff_fx.dequantize(model)
         assert len(model(input_ids=ids, output_hidden_states=True).hidden_states) == 3
     hooks = [hook for module in model.modules() for hook in module._forward_hooks.values()]
-    assert hooks and not any(hasattr(hook, "_quaff_hidden") for hook in hooks)
+    assert hooks
+    assert not any(hasattr(hook, "_quaff_hidden") for hook in hooks)
     assert all(map(hosts.is_idle_hook, hooks))
 
 
