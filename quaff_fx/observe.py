@@ -234,7 +234,7 @@ def _reason_not_plain(x: Any) -> str:
     """What keeps an activation from being seen as rows of features; empty if nothing does."""
     if isinstance(x, Tensor) and x.is_nested:
         return "of a nested tensor"
-    return "under torch.func" if torch._C._functorch.is_functorch_wrapped_tensor(x) else ""  # type: ignore[attr-defined]
+    return "under torch.func" if torch._C._functorch.is_functorch_wrapped_tensor(x) else ""
 
 
 def _operand_beside(weight: Tensor, tensors: list[Tensor]) -> Tensor:

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import gc
+import importlib
 import re
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,6 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import quaff_fx
-from quaff_fx import backend
 from tests.peft_methods import (
     EIGHT_BITS,
     IDS,
@@ -61,8 +62,31 @@ STAYS_FROZEN = {"CARTRIDGE", "CPT"}
 @pytest.fixture(scope="module", autouse=True)
 def without_inductor():
     torch._dynamo.pgo.reset_code_state()
+    inductor = importlib.import_module("torch._inductor.compile_fx")
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(backend, "compile_fx", lambda graph_module, *_, **__: graph_module.forward)
+        monkeypatch.setattr(inductor, "compile_fx", lambda graph_module, *_, **__: graph_module.forward)
+        yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_objects():
+    """A conversion collects garbage, which takes as long as there are objects: those of all packages are left out."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+@contextmanager
+def own_graphs() -> Iterator[None]:
+    """Drops what was traced for a pair after its tests."""
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture
+def graphs_of_one_test():
+    with own_graphs():
         yield
 
 
@@ -209,10 +233,11 @@ CASES = [
 
 
 @pytest.fixture(scope="module", params=CASES, ids=lambda case: "-".join(case))
-def pair(request, saved_adapter) -> Pair:
+def pair(request, saved_adapter) -> Iterator[Pair]:
     """The tests of one pair run one after the other and each leaves it as it was."""
     name, added = request.param
-    return make_pair(name, added, saved_adapter(name))
+    with own_graphs():
+        yield make_pair(name, added, saved_adapter(name))
 
 
 class TestInt8Base:
@@ -437,13 +462,14 @@ class TestWhileCalibrating:
     """Before the conversion all is as on the float model, to the bit."""
 
     @pytest.fixture(scope="class", params=TRAINABLE)
-    def pair(self, request, saved_adapter) -> Pair:
+    def pair(self, request, saved_adapter) -> Iterator[Pair]:
         name = request.param
         model, twin = (add(METHODS[name].base(), name) for _ in range(2))
         quaff_fx.compile(model, EIGHT_BITS | {"calibration_steps": 2})
         second = same_outcome(lambda each: load_frozen(each, saved_adapter(name)), model, twin) is not None
         gradients, twin_gradients = (train(each, name) for each in (model, twin))
-        return Pair(name, "before", model, twin, second, gradients, twin_gradients)
+        with own_graphs():
+            yield Pair(name, "before", model, twin, second, gradients, twin_gradients)
 
     def test_steps_are_those_of_float(self, pair):
         assert quaff_fx.explain(pair.model).steps == 1
@@ -527,6 +553,7 @@ def refused(action: Callable[[], nn.Module], base: nn.Module) -> nn.Module | Non
 
 
 @pytest.mark.parametrize("kind", LORA_KINDS)
+@pytest.mark.usefixtures("graphs_of_one_test")
 class TestKindsOfLora:
     def test_added_before(self, kind):
         model, twin = (add(two_blocks(), "LORA", **LORA_KINDS[kind]) for _ in range(2))
