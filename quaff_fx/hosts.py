@@ -54,10 +54,19 @@ def adapters_own_parameters(model: nn.Module) -> set[int]:
 
     visit(model, False)
     of_adapters -= of_base  # a prompt encoder also holds the embeddings of the base model
-    for module in model.modules():
-        if isinstance(module, tuners.BaseTuner) and (prefix := getattr(module, "prefix", "")):
-            of_adapters.update(id(p) for name, p in module.named_parameters() if prefix in name)
+    for tuner in model.modules():
+        if isinstance(tuner, tuners.BaseTuner) and (prefix := getattr(tuner, "prefix", "")):
+            for module in tuner.modules():
+                of_adapters.update(id(p) for name, p in module._parameters.items() if p is not None and prefix in name)
+                for name, child in module._modules.items():
+                    # X-LoRA holds its base model under such a name too.
+                    if child is not None and prefix in name and not _holds(child, tuners.BaseTunerLayer):
+                        of_adapters.update(map(id, child.parameters()))
     return of_adapters
+
+
+def _holds(module: nn.Module, kind: type) -> bool:
+    return any(isinstance(child, kind) for child in module.modules())
 
 
 def guard_peft() -> None:

@@ -125,6 +125,13 @@ class OutlierState(_KeepsFloat32):
         self.register_buffer("next_smoothing_scale", smoothing_scale.clone())
         self.momentum = momentum
 
+    def write_next(self, smoothing_scale: Tensor) -> None:
+        """Keeps what a training forward wrote outside any graph."""
+        if self.next_smoothing_scale.is_inference():  # a copy that was made in inference mode
+            self.next_smoothing_scale = smoothing_scale
+        else:
+            self.next_smoothing_scale.copy_(smoothing_scale)
+
     def commit(self) -> None:
         """Makes the smoothing scale that the last training forward wrote the one that the next forward reads."""
         self.smoothing_scale.copy_(self.next_smoothing_scale)
@@ -255,7 +262,7 @@ class QuantizedWeight(_KeepsFloat32):
             state = (channels, outliers.outlier_w_absmax, s, outliers.momentum)
             with torch.no_grad():
                 updated = torch.ops.quaff.update_smoothing_scale.default(x.detach(), *state)
-                outliers.next_smoothing_scale.copy_(updated)
+                outliers.write_next(updated)
         parts = torch.ops.quaff.quantize_activation.default(x.detach(), channels, s, *numbers)
         y: Tensor = torch.ops.quaff.linear.default(x, *parts, self.w_int8, self.w_scale, self.w_outlier, bias, *numbers)
         return y

@@ -232,16 +232,16 @@ ARCHITECTURES = {
         HEAD,
     ),
     "Qwen3-MoE": Architecture(moe, causal_batch, 0.187, HEAD | {THREE_DIMENSIONS}),
-    "BERT": Architecture(lambda: classifier("Bert"), classification_batch, 0.815, frozenset({OUTSIDE})),
+    "BERT": Architecture(lambda: classifier("Bert"), classification_batch, 0.870, frozenset({OUTSIDE})),
     "RoBERTa": Architecture(
-        lambda: classifier("Roberta", max_position_embeddings=66), classification_batch, 0.782, frozenset({OUTSIDE})
+        lambda: classifier("Roberta", max_position_embeddings=66), classification_batch, 0.871, frozenset({OUTSIDE})
     ),
-    "T5": Architecture(t5, translation_batch, 0.839, HEAD),
+    "T5": Architecture(t5, translation_batch, 0.849, HEAD),
     "ViT": Architecture(
-        vit, image_batch, 0.809, frozenset({OUTSIDE, THREE_DIMENSIONS, "weight has 4 dimensions, a linear's has 2"})
+        vit, image_batch, 0.812, frozenset({OUTSIDE, THREE_DIMENSIONS, "weight has 4 dimensions, a linear's has 2"})
     ),
     "Whisper": Architecture(
-        whisper, speech_batch, 0.782, frozenset({THREE_DIMENSIONS, "tied to model.decoder.embed_tokens.weight"})
+        whisper, speech_batch, 0.775, frozenset({THREE_DIMENSIONS, "tied to model.decoder.embed_tokens.weight"})
     ),
     "nn.Transformer": Architecture(torch_transformer, torch_transformer_batch, 0.381, frozenset({IN_ATTENTION})),
     "MLP without blocks": plain(Mlp, 0.941, 12, 48, out=8),

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 import quaff_fx
 from quaff_fx import api, calls, convert, forwards, int8_weight, observe, saved_state, sites, snapshot, stages, state
 from quaff_fx.stages import ATTRIBUTE
+from tests.blocks import Block
 
 FILES = {
     module.__file__
@@ -38,17 +39,6 @@ class Counts:
     cases: int = 0
     wrong: int = 0
     examples: list[str] = field(default_factory=list)
-
-
-class Block(nn.Module):
-    def __init__(self, size: int) -> None:
-        super().__init__()
-        self.up = nn.Linear(size, 2 * size).requires_grad_(False)
-        self.down = nn.Linear(2 * size, size).requires_grad_(False)
-        self.gain = nn.Parameter(torch.ones(2 * size))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.down(self.up(x).relu() * self.gain)
 
 
 class Net(nn.Module):

@@ -70,7 +70,7 @@ def trained(environment: dict[str, str | None], before: str = "") -> tuple[float
 @pytest.fixture(scope="module")
 def as_usual(tmp_path_factory: pytest.TempPathFactory) -> tuple[float, float]:
     loss, gradient, warned = trained({"TORCHINDUCTOR_CACHE_DIR": str(tmp_path_factory.mktemp("cache"))})
-    assert warned == []
+    assert warned == [], "\n".join(warned)
     return loss, gradient
 
 
@@ -186,7 +186,7 @@ def test_other_locales_and_users_change_nothing(
     cache = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
     loss, gradient, warned = trained(cache | environment)
     assert (loss, gradient) == pytest.approx(as_usual, rel=1e-6)
-    assert warned == []
+    assert warned == [], "\n".join(warned)
 
 
 @pytest.mark.compile
