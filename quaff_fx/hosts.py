@@ -181,7 +181,7 @@ def show_hooks(model: nn.Module) -> None:
 
 def _hidden(hook: Any) -> Any:
     def hidden(*args: Any) -> Any:
-        return None if torch.compiler.is_compiling() else hook(*args)
+        return None if torch.compiler.is_dynamo_compiling() else hook(*args)
 
     hidden._quaff_hidden = hook  # type: ignore[attr-defined]
     return hidden

@@ -123,7 +123,7 @@ class Observer(TorchFunctionMode):
     ) -> Any:
         """Runs `func` and looks at the weights among its arguments."""
         kwargs = kwargs or {}
-        if torch.compiler.is_compiling():  # code that the model compiles on its own
+        if torch.compiler.is_dynamo_compiling():  # code that the model compiles on its own, in this thread
             return func(*args, **kwargs)
         weights = [
             (tensor, weight) for tensor in _tensors(args, kwargs) if (weight := self._weight(tensor)) is not None

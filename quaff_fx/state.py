@@ -68,7 +68,7 @@ class LoadedWeight(_KeepsFloat32):
 
     def read(self) -> Tensor:
         """Returns the weight in the layout of the original parameter: an `Int8Weight`, or operations while traced."""
-        if not torch.compiler.is_compiling():
+        if not torch.compiler.is_dynamo_compiling():  # unlike `is_compiling`, not while another thread compiles
             return Int8Weight(self)
         weight = self.dequantized()
         return weight.t() if self.in_dim == 0 else weight
@@ -230,7 +230,7 @@ class QuantizedWeight(_KeepsFloat32):
 
     def read(self) -> Tensor:
         """Returns the weight in the layout of the original parameter: a marker while traced, else an `Int8Weight`."""
-        if not torch.compiler.is_compiling():
+        if not torch.compiler.is_dynamo_compiling():  # unlike `is_compiling`, not while another thread compiles
             return Int8Weight(self)
         weight = self.dequantized()
         return weight.t() if self.in_dim == 0 else weight
