@@ -451,7 +451,7 @@ def test_while_traced_a_read_is_one_marker_with_all_the_state(monkeypatch: pytes
     module = quantized_linear()
     conv = frozen(Conv1D(12, 8))
     quantize(conv, in_dim=0)
-    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    monkeypatch.setattr(torch.compiler, "is_dynamo_compiling", lambda: True)
     assert type(module.weight) is Tensor
     assert module.weight.shape == (8, 12)
     assert conv.weight.shape == (12, 8)
@@ -459,6 +459,18 @@ def test_while_traced_a_read_is_one_marker_with_all_the_state(monkeypatch: pytes
     state.attach(as_int8, {"weight": loaded(as_int8.weight, in_dim=0)})
     assert type(as_int8.weight) is Tensor
     assert as_int8.weight.shape == (12, 8)
+
+
+def test_while_another_thread_compiles_eager_code_reads_as_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`torch.compiler.is_compiling()` is true in all threads while one compiles."""
+    module = quantized_linear()
+    as_int8 = frozen(Conv1D(12, 8))
+    state.attach(as_int8, {"weight": loaded(as_int8.weight, in_dim=0)})
+    monkeypatch.setattr(torch.compiler, "_is_compiling_flag", True)
+    assert torch.compiler.is_compiling()
+    assert isinstance(module.weight, Int8Weight)
+    assert isinstance(as_int8.weight, Int8Weight)
+    assert count_int8_products(lambda: module(normal(3, 12, seed=1))) == 1
 
 
 # --- editing -----------------------------------------------------------------------------------------------------
