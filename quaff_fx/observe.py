@@ -189,8 +189,12 @@ class Observer(TorchFunctionMode):
                 self._note_reader(site, name)
             if name in matching.PRODUCTS | matching.CONVOLUTIONS | matching.LAYERS:
                 tensors = list(_tensors(args, kwargs))
-                x = operands[0] if operands is not None else _operand_beside(tensor, tensors)
-                self.multiply_adds[site.weight_name] += _multiply_adds(site, name, tensors[0], x, result)
+                if name in matching.LAYERS:
+                    count = _multiply_adds_of_layer(site, name, tensor, tensors, kwargs)
+                else:
+                    x = operands[0] if operands is not None else _operand_beside(tensor, tensors)
+                    count = _multiply_adds(site, name, x, result)
+                self.multiply_adds[site.weight_name] += count
             elif isinstance(result, Tensor) and len(site.shape) > 2:  # one expert of several
                 self._transposed[result] = (site, transposed)
 
@@ -243,10 +247,21 @@ def _operand_beside(weight: Tensor, tensors: list[Tensor]) -> Tensor:
     return tensors[index - 1] if index else tensors[-1]
 
 
-def _multiply_adds(site: Site, name: str, first: Tensor, x: Tensor, result: Any) -> int:
-    """How many multiply-adds a product with x takes, `first` being its first operand."""
-    if name in matching.LAYERS:
-        return int(first.numel() // max(1, first.shape[-1]) * math.prod(site.shape))
+def _multiply_adds_of_layer(
+    site: Site, name: str, weight: Tensor, tensors: list[Tensor], kwargs: Mapping[str, Any]
+) -> int:
+    """How many multiply-adds one of `matching.LAYERS` takes with `weight`; `tensors` are all of its arguments."""
+    tokens = [x.numel() // max(1, x.shape[-1]) for x in tensors[:3]]
+    if name == "multi_head_attention_forward":  # of query, key and value
+        if weight is tensors[3] and kwargs.get("q_proj_weight") is None:  # one weight for the three
+            return int(sum(tokens) * math.prod(site.shape) // 3)
+        names = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
+        tokens = [count for name, count in zip(names, tokens, strict=True) if kwargs.get(name) is weight] or tokens
+    return int(tokens[0] * math.prod(site.shape))
+
+
+def _multiply_adds(site: Site, name: str, x: Tensor, result: Any) -> int:
+    """How many multiply-adds a product with x takes."""
     return int(result.numel() * (math.prod(site.shape[1:]) if name in matching.CONVOLUTIONS else x.shape[-1]))
 
 

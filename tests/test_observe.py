@@ -500,6 +500,22 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module], Any], dic
         lambda m: m(*[normal(2, 3, 4, seed=0)] * 3),
         {"in_proj_weight": 6 * 12 * 4, "out_proj.weight": 6 * 4 * 4},
     ),
+    # 2 × 5 tokens of another sequence, of 4 features or of 3 and 6
+    "attention to another sequence": (
+        lambda: nn.MultiheadAttention(4, 2, batch_first=True),
+        lambda m: m(normal(2, 3, 4, seed=0), *[normal(2, 5, 4, seed=0)] * 2),
+        {"in_proj_weight": (6 + 10 + 10) * 4 * 4, "out_proj.weight": 6 * 4 * 4},
+    ),
+    "attention to another size": (
+        lambda: nn.MultiheadAttention(4, 2, kdim=3, vdim=6, batch_first=True),
+        lambda m: m(normal(2, 3, 4, seed=0), normal(2, 5, 3, seed=0), normal(2, 5, 6, seed=0)),
+        {
+            "q_proj_weight": 6 * 4 * 4,
+            "k_proj_weight": 10 * 4 * 3,
+            "v_proj_weight": 10 * 4 * 6,
+            "out_proj.weight": 6 * 4 * 4,
+        },
+    ),
     "convolution": (lambda: nn.Conv2d(3, 5, 2), lambda m: m(normal(1, 3, 4, 4, seed=0)), {"weight": 5 * 9 * 3 * 4}),
     "bilinear": (
         lambda: nn.Bilinear(4, 4, 5),
