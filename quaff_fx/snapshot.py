@@ -173,6 +173,7 @@ def _plain(config: QuaffConfig) -> dict[str, Any]:
 # --- brought back --------------------------------------------------------------------------------------------------
 
 
+@torch.inference_mode(False)  # what is brought back takes part in training
 def _bring_back(model: nn.Module, saved: SavedState) -> None:
     stages = stages_of(model)
     stages.settle()

@@ -23,9 +23,10 @@ from transformers import LlamaForCausalLM
 
 import quaff_fx
 from quaff_fx import calls
+from quaff_fx.api import stages_of
 from quaff_fx.errors import CalibrationError, CheckpointError, ConfigError
 from quaff_fx.saved_state import METADATA, SavedState
-from quaff_fx.state import OutlierState, QuantizedWeight
+from quaff_fx.state import RUN, OutlierState, QuantizedWeight
 from tests.documentation import code_of
 from tests.models import float_llama, token_ids, with_lora
 
@@ -240,6 +241,25 @@ def test_a_converted_model_takes_back_its_smoothing_scales(recorded: Recorded) -
     quaff_fx.load_state_dict(model, state)
     assert all(a is b for a, b in zip(outliers, outlier_states(model).values(), strict=True))
     assert_equal(quaff_fx.state_dict(model), state)
+
+
+@pytest.mark.parametrize("step", [1, STEPS], ids=["observe", "quantize"])
+def test_saved_and_brought_back_in_inference_mode_it_can_be_trained(recorded: Recorded, step: int) -> None:
+    config = {"smoothing": "momentum", "share_activations": True} if step == STEPS else {}
+    model = compiled(**config)
+    with torch.inference_mode():
+        state = as_momentum(recorded.states[step]) if config else recorded.states[step]
+        quaff_fx.load_state_dict(model, state)
+        state = quaff_fx.state_dict(model)
+    again = compiled(**config)
+    quaff_fx.load_state_dict(again, state)
+    for each in (model, again):
+        assert_equal(quaff_fx.state_dict(each), state)
+        assert not any(tensor.is_inference() for tensor in (*each.parameters(), *each.buffers()))
+        stages_of(each).commit()
+        for block in stages_of(each).blocks:  # the same numbers, without Inductor
+            del block.__dict__[RUN]
+        Training(each).step(0)
 
 
 def test_weights_that_were_loaded_as_int8(recorded: Recorded, tmp_path: Path) -> None:
