@@ -238,8 +238,9 @@ def as_if_trained(model: nn.Module, noise: float, seed: int) -> nn.Module:
 
 def add(base: nn.Module, name: str, seed: int = 1, **changes: Any) -> nn.Module:
     """The base with an adapter of the method, as if it had been trained; with some options of its config changed."""
+    options = config(name, **changes)  # X-LoRA's makes an adapter when it is first asked for
     torch.manual_seed(seed)
-    return as_if_trained(peft.get_peft_model(base, config(name, **changes)), METHODS[name].noise, seed)
+    return as_if_trained(peft.get_peft_model(base, options), METHODS[name].noise, seed)
 
 
 IDS = token_ids(BATCH, 12)
