@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._inductor.decomposition import decompositions
+from torch._inductor.decomposition import decompositions, fast_random_decomps
 
 from quaff_fx import numerics, ops
 from quaff_fx.kernels import cuda, product
@@ -38,6 +38,10 @@ def register() -> None:
         (torch.ops.quaff.linear_grad_input.default, ops._linear_grad_input),
     ):
         decompositions[op] = decomposition
+    # Inductor keeps a copy of its table from the first time that anything was compiled. Without these entries it would
+    # leave the ops as they are: right, slow, and without a word.
+    if torch.ops.quaff.linear.default not in fast_random_decomps():
+        fast_random_decomps.cache_clear()
 
 
 def cache_salt() -> str:

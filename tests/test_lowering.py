@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch._inductor import decomposition as inductor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -85,3 +86,15 @@ def test_the_cache_salt_changes_with_the_sources(monkeypatch, tmp_path):
     changed.write_text("# changed")
     monkeypatch.setattr(decompositions.numerics, "__file__", str(changed))
     assert decompositions.cache_salt() != salt
+
+
+def test_what_was_compiled_before_does_not_hide_the_decompositions(monkeypatch) -> None:
+    """Inductor copies its table when anything is compiled for the first time."""
+    table = inductor.decompositions
+    without = {op: decomposition for op, decomposition in table.items() if "quaff" not in str(op)}
+    monkeypatch.setattr(inductor, "decompositions", without)
+    inductor.fast_random_decomps.cache_clear()
+    assert torch.ops.quaff.linear.default not in inductor.select_decomp_table()
+    monkeypatch.undo()
+    decompositions.register()
+    assert torch.ops.quaff.linear.default in inductor.select_decomp_table()
