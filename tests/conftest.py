@@ -41,6 +41,16 @@ def fixed_seed():
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def same_environment():
+    """PEFT's BOFT leaves CXX=gcc behind where it finds no CUDA; later tests would compile C++ with it."""
+    before = dict(os.environ)
+    yield
+    for name in os.environ.keys() - before.keys():
+        del os.environ[name]
+    os.environ.update(before)
+
+
 @pytest.fixture(scope="session")
 def quantized_llama():
     """A tiny Llama with LoRA after two calibration and two quantized steps, with what it did on the way."""

@@ -121,6 +121,15 @@ def test_a_program_that_is_no_compiler_is_slow_and_said_once(as_usual: tuple[flo
 
 @pytest.mark.compile
 @pytest.mark.slow
+@pytest.mark.skipif(shutil.which("gcc") is None, reason="no gcc here")
+def test_a_compiler_of_c_is_slow_and_said_once(as_usual: tuple[float, float], tmp_path: Path) -> None:
+    """What it links cannot be loaded. PEFT's BOFT leaves it behind in the environment."""
+    result = trained({"CXX": "gcc", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)})
+    assert_slow_path(result, as_usual, "CXX is 'gcc'", "Set CXX to the path of a C++ compiler (gcc is none")
+
+
+@pytest.mark.compile
+@pytest.mark.slow
 def test_a_cache_folder_that_cannot_be_made_is_said_at_import(tmp_path: Path) -> None:
     """PyTorch makes it when its compiler is imported. Below a file, since root may write into any folder."""
     (tmp_path / "file").touch()

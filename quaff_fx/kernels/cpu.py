@@ -277,8 +277,9 @@ def obstacle_of(error: BaseException) -> Obstacle | None:
         return _broken_compiler(error)
     if isinstance(error, OSError) and error.errno is None:  # of the loader: no library there, or none that may be run
         return Obstacle(
-            f"compiled code cannot be loaded ({error})",
-            "Set CXX to the path of a C++ compiler, TORCHINDUCTOR_CACHE_DIR to a folder from which code may be run.",
+            f"compiled code cannot be loaded ({error}; CXX is {os.environ.get('CXX', 'not set')!r})",
+            "Set CXX to the path of a C++ compiler (gcc is none, and PEFT's BOFT sets it where it finds no CUDA), "
+            "TORCHINDUCTOR_CACHE_DIR to a folder from which code may be run.",
         )
     if isinstance(error, OSError):
         folder = os.environ.get("TORCHINDUCTOR_CACHE_DIR", "the folder for temporary files")
