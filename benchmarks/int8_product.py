@@ -87,7 +87,7 @@ def peak(variant: str, activation_max: int) -> float:
     """Returns the operations per second and thread of a variant's dot product in registers."""
     from torch._inductor.codecache import CppCodeCache
 
-    library = CppCodeCache.load(cpu.source() + PEAK, extra_flags=cpu.VARIANTS[variant], needs_vec_isa=False)
+    library = CppCodeCache.load(cpu.build.source() + PEAK, extra_flags=cpu.VARIANTS[variant], needs_vec_isa=False)
     rates = []
     for _ in range(7):
         start = time.thread_time()

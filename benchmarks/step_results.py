@@ -18,7 +18,7 @@ from tabulate import tabulate
 from benchmarks import peers
 from benchmarks.roofline import Roofline
 from benchmarks.step_worker import WARM_UP_STEPS, Started, Turn
-from quaff_fx.kernels import product
+from quaff_fx.kernels.dispatch import kernels_of
 
 
 @dataclass
@@ -154,7 +154,7 @@ def device_name(options: argparse.Namespace) -> str:
     with contextlib.suppress(OSError, IndexError):
         model = Path("/proc/cpuinfo").read_text().split("model name")[1].split(":")[1].split("\n")[0].strip()
     threads = options.threads or torch.get_num_threads()
-    kernel = product.describe(torch.device("cpu"))
+    kernel = kernels_of(torch.device("cpu")).name
     return f"{model}, {threads} threads, int8 products: {kernel}, torch {torch.__version__}"
 
 

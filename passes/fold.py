@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from quaff_fx.passes import matching
-from quaff_fx.passes.infrastructure import Change, PassResult
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node, map_arg
 
-INT8_LINEAR = torch.ops.quaff.int8_linear.default
+from quaff_fx import ops
+from quaff_fx.passes import matching
+from quaff_fx.passes.infrastructure import Change, PassResult
+
+INT8_LINEAR = ops.int8_linear.target
 MAX_RANK = 64
 """Largest inner size of a product that is folded: a float product of a higher rank is no thin correction any more."""
 
@@ -21,9 +24,6 @@ _CONVERT = torch.ops.prims.convert_element_type.default
 _MM = torch.ops.aten.mm.default
 _MUL = torch.ops.aten.mul.Tensor
 _VIEWS = (torch.ops.aten.view.default, torch.ops.aten.reshape.default, torch.ops.aten._unsafe_view.default)
-
-_A_OUTLIER, _W_OUTLIER, _OUT_DTYPE = 5, 6, 8
-"""Positions among the arguments of `quaff.int8_linear`."""
 
 
 @dataclass(frozen=True)
@@ -48,12 +48,13 @@ class FoldLowRankProducts:
 
         a = aten.cat([x_outlier, h], 1)
         w = aten.cat([w_outlier, aten.mul(b, 2.0)])
-        out = quaff.int8_linear(x_int8, w_int8, False, x_scale, w_scale, a, w, bias, dtype, 127)
+        out = quaff.int8_linear(x_int8, w_int8, False, x_scale, w_scale, a, w, bias, dtype, 127, 1)
 
     Runs on lowered graphs, forward and backward: it folds an adapter's ``B(A(x))`` in one and its part of the input's
     gradient in the other. The epilogue adds it up in registers, so the low-rank product, as large as y, is neither
     written nor read. Where a sum has several of both (q, k, v), each low-rank product goes to an int8 product of its
-    own. It leaves alone what something else reads as well, what is broadcast, and ranks over `MAX_RANK`.
+    own. It leaves alone what something else reads as well, what is broadcast, and ranks over `MAX_RANK`; where such a
+    product is added to an int8 one, it says so. Sites have the names that `QuantizeLinears` gave them.
     """
 
     def __call__(self, graph_module: GraphModule) -> PassResult:
@@ -68,19 +69,27 @@ class FoldLowRankProducts:
 def _fold(graph: Graph, root: Node) -> list[Change]:
     """Folds what can be folded among the addends of `root`, the outermost of some additions."""
     terms = _terms(root)
-    ours = [term for term in terms if len(term.product.users) == 1]
-    int8 = [term for term in ours if term.factor == 1.0 and matching.is_call(term.product, INT8_LINEAR)]
-    low_rank = [term for term in ours if _is_low_rank(term.product)]
-    if not int8 or not low_rank:
+    products = [term for term in terms if matching.is_call(term.product, INT8_LINEAR)]
+    if not products:
         return []
+    int8 = [term for term in products if term.factor == 1.0 and len(term.product.users) == 1]
+    added = [term for term in terms if matching.is_call(term.product, _MM)]
+    site = matching.named_site(products[0].product)
+    reasons = {term: _reason_not_folded(term, is_alone=not int8) for term in added}
+    declined = [Change(site, "left alone", reason) for reason in reasons.values() if reason]
+    low_rank = [term for term, reason in reasons.items() if not reason]
+    if not low_rank:
+        return declined
     tops = {term: term.top for term in terms if term not in low_rank}
     order = {node: index for index, node in enumerate(graph.nodes)}
     dtype = _value(root).dtype
+    changes = []
     for term, share in zip(int8, (low_rank[index :: len(int8)] for index in range(len(int8))), strict=True):
         if share:
             last = max((term.product, *(t.product for t in share)), key=order.__getitem__)
             with graph.inserting_before(last.next):
                 product = _with_low_rank(graph, term.product, share, dtype)
+            changes += [Change(matching.named_site(term.product), "folded") for _ in share]
             term.product.replace_all_uses_with(product)
             graph.erase_node(term.product)
             tops[term] = term.views[-1] if term.views else product
@@ -91,27 +100,39 @@ def _fold(graph: Graph, root: Node) -> list[Change]:
         first, *others = tops.values()
         total = first
         for top in others:
-            total = _call(graph, _ADD, total, top)
+            total = _call(graph, _ADD, self=total, other=top)
     root.replace_all_uses_with(total)
     _erase_unused(graph, root)
-    return [Change(term.product.name, "folded") for term in low_rank]
+    return changes + declined
 
 
-def _with_low_rank(graph: Graph, product: Node, share: list[_Term], dtype: torch.dtype) -> Node:
+def _reason_not_folded(term: _Term, is_alone: bool) -> str:
+    """Why a product that is added to an int8 product stays out of its epilogue; empty if nothing keeps it."""
+    rank = _value(matching.operands(term.product).self).shape[1]
+    if not isinstance(rank, int) or rank > MAX_RANK:
+        return f"a product of rank {rank} is added to it, folded are those of at most {MAX_RANK}"
+    if len(term.product.users) > 1:
+        return "a product that something else reads as well is added to it"
+    return "a low-rank product is added to it where it is scaled, or read by something else as well" if is_alone else ""
+
+
+def _with_low_rank(graph: Graph, product: Node, share: Iterable[_Term], dtype: torch.dtype) -> Node:
     """Inserts `product` again, with the low-rank products of `share` in its correction and a result of `dtype`."""
-    arguments = list(product.args)
-    a, w = arguments[_A_OUTLIER], arguments[_W_OUTLIER]
-    columns = [a] if a is not None else []
-    rows = [w] if w is not None else []
+    o = matching.operands(product)
+    columns = [] if o.a_outlier is None else [o.a_outlier]
+    rows = [] if o.w_outlier is None else [o.w_outlier]
     for term in share:
-        low_rank_a, low_rank_w = term.product.args
-        columns.append(_as_float32(graph, low_rank_a))
-        row = _as_float32(graph, low_rank_w)
-        rows.append(row if term.factor == 1.0 else _call(graph, _MUL, row, term.factor))
-    arguments[_A_OUTLIER] = columns[0] if len(columns) == 1 else _call(graph, _CAT, columns, 1)
-    arguments[_W_OUTLIER] = rows[0] if len(rows) == 1 else _call(graph, _CAT, rows)
-    arguments[_OUT_DTYPE] = dtype
-    return _call(graph, INT8_LINEAR, *arguments)
+        low_rank = matching.operands(term.product)
+        columns.append(_as_float32(graph, low_rank.self))
+        row = _as_float32(graph, low_rank.mat2)
+        rows.append(row if term.factor == 1.0 else _call(graph, _MUL, self=row, other=term.factor))
+    o.a_outlier = columns[0] if len(columns) == 1 else _call(graph, _CAT, tensors=columns, dim=1)
+    o.w_outlier = rows[0] if len(rows) == 1 else _call(graph, _CAT, tensors=rows)
+    o.out_dtype = dtype
+    folded = _call(graph, INT8_LINEAR, **vars(o))
+    if "custom" in product.meta:
+        folded.meta["custom"] = product.meta["custom"]
+    return folded
 
 
 def _erase_unused(graph: Graph, node: Node) -> None:
@@ -127,8 +148,8 @@ def _erase_unused(graph: Graph, node: Node) -> None:
 def _terms(root: Node) -> list[_Term]:
     """Returns the addends of `root` and of the additions below it that only it reads, in order."""
     terms: list[_Term] = []
-    for operand in root.args[:2]:
-        assert isinstance(operand, Node)
+    addends = matching.operands(root)
+    for operand in (addends.self, addends.other):
         terms += _terms(operand) if _is_sum(operand) and len(operand.users) == 1 else [_term(operand)]
     return terms
 
@@ -137,9 +158,9 @@ def _term(top: Node) -> _Term:
     """Looks from an addend through views, conversions and products with a number to what they show."""
     node, factor = top, 1.0
     views: list[Node] = []
-    while len(node.users) == 1 and isinstance(below := node.args[0] if node.args else None, Node):
-        if matching.is_call(node, _MUL) and isinstance(node.args[1], (int, float)):
-            factor *= node.args[1]
+    while len(node.users) == 1 and isinstance(below := matching.first_operand(node), Node):
+        if matching.is_call(node, _MUL) and isinstance(number := matching.operands(node).other, (int, float)):
+            factor *= number
         elif not matching.is_call(node, *_VIEWS, _CONVERT):
             break
         views.insert(0, node)
@@ -150,26 +171,24 @@ def _term(top: Node) -> _Term:
 
 def _is_sum(node: Node) -> bool:
     """Tells whether `node` adds two tensors of one shape."""
-    if not matching.is_call(node, _ADD) or node.kwargs or not all(isinstance(operand, Node) for operand in node.args):
+    if not matching.is_call(node, _ADD) or len(node.all_input_nodes) == 0:
+        return False
+    o = matching.operands(node)
+    if o.alpha != 1 or not isinstance(o.self, Node) or not isinstance(o.other, Node):
         return False
     # As text, since comparing sizes that are symbols would add guards.
-    return len({str(tuple(_value(tensor).shape)) for tensor in (node, *node.args)}) == 1
-
-
-def _is_low_rank(node: Node) -> bool:
-    if not matching.is_call(node, _MM):
-        return False
-    rank = _value(node.args[0]).shape[1]
-    return isinstance(rank, int) and rank <= MAX_RANK
+    return len({str(tuple(_value(tensor).shape)) for tensor in (node, o.self, o.other)}) == 1
 
 
 def _as_float32(graph: Graph, node: Any) -> Node:
-    return node if _value(node).dtype == torch.float32 else _call(graph, _CONVERT, node, torch.float32)
+    if _value(node).dtype == torch.float32:
+        return node  # type: ignore[no-any-return]
+    return _call(graph, _CONVERT, a=node, dtype=torch.float32)
 
 
-def _call(graph: Graph, target: Any, *arguments: Any) -> Node:
+def _call(graph: Graph, target: Any, **operands: Any) -> Node:
     """Inserts a call, with the value that Inductor reads shapes from."""
-    node = graph.call_function(target, arguments)
+    node = matching.call(graph, target, **operands)
     node.meta["val"] = _value_of_call(node)
     return node
 

@@ -47,6 +47,35 @@ class Pass(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Stage:
+    """A graph as text after one pass, with what that pass changed.
+
+    Attributes:
+        name: of the pass; of the graph as it came, what made it. text: of the graph and its subgraphs.
+    """
+
+    name: str
+    text: str
+    changes: tuple[Change, ...] = ()
+
+    def __str__(self) -> str:
+        return "\n".join([f"# {self.name}", self.text, *(f"# {change}" for change in self.changes)])
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """The graph module after some passes, and it as text before the first and after each of them."""
+
+    graph_module: GraphModule
+    stages: tuple[Stage, ...]
+
+    @property
+    def changes(self) -> tuple[Change, ...]:
+        """What all of the passes changed, in their order."""
+        return tuple(change for stage in self.stages for change in stage.changes)
+
+
 def subgraphs(graph_module: GraphModule) -> Iterator[GraphModule]:
     """Yields `graph_module` and every graph below it: the bodies of higher-order ops (activation checkpointing)."""
     for module in graph_module.modules():
@@ -55,29 +84,40 @@ def subgraphs(graph_module: GraphModule) -> Iterator[GraphModule]:
 
 
 def run_passes(
-    passes: Sequence[Pass], graph_module: GraphModule, check: Callable[[GraphModule], None] = lambda _: None
-) -> PassResult:
+    passes: Sequence[Pass],
+    graph_module: GraphModule,
+    check: Callable[[GraphModule], None] = lambda _: None,
+    *,
+    before: str = "before",
+    as_text: Callable[[GraphModule], str] = lambda _: "",
+) -> RunResult:
     """Runs `passes` in order over the graph and its subgraphs, then `check` on the result.
+
+    Args:
+        before: the name of the graph as it comes. as_text: what the stages keep of a graph; nothing by default.
 
     Raises:
         PassError: a pass raised, produced a malformed graph, or the result breaks the spec; the message names the pass
             and shows the graph it worked on.
     """
-    changes: list[Change] = []
+    stages = [Stage(before, as_text(graph_module))]
     for step in passes:
+        name = type(step).__name__
+        changes: list[Change] = []
         for graph in list(subgraphs(graph_module)):
             try:
                 result = step(graph)
                 graph.graph.lint()
             except Exception as error:
                 text = graph.print_readable(print_output=False)
-                raise PassError(f"{type(step).__name__}: {error}, in this graph:\n{text}") from error
+                raise PassError(f"{name}: {error}, in this graph:\n{text}") from error
             graph.recompile()
             changes += result.changes
-            log.debug("%s: %d changes", type(step).__name__, len(result.changes))
+        log.debug("%s: %d changes", name, len(changes))
+        stages.append(Stage(name, as_text(graph_module), tuple(changes)))
     try:
         check(graph_module)
     except PassError as error:
         names = ", ".join(type(step).__name__ for step in passes)
         raise PassError(f"after {names}: {error}") from error
-    return PassResult(graph_module, tuple(changes))
+    return RunResult(graph_module, tuple(stages))

@@ -5,14 +5,16 @@ from __future__ import annotations
 import operator
 import re
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
-from torch.fx import Node
+from torch import Tensor
+from torch.fx import Graph, Node
 from torch.fx.node import Argument
 
-from quaff_fx import ops  # noqa: F401  (defines torch.ops.quaff)
+from quaff_fx import ops
 
-DEQUANTIZE_WEIGHT = torch.ops.quaff.dequantize_weight.default
+DEQUANTIZE_WEIGHT = ops.dequantize_weight.target
 
 LINEAR = torch.nn.functional.linear
 _LINEARS = (LINEAR, torch.ops.aten.linear.default)
@@ -59,6 +61,27 @@ EDITS = {"setitem", "set_data"}
 def is_call(node: object, *targets: object) -> bool:
     """Tells whether `node` calls one of these functions, or one of these method names."""
     return isinstance(node, Node) and node.op in ("call_function", "call_method") and node.target in targets
+
+
+def operands(node: object) -> ops.Operands:
+    """Returns the operands of a call of an op of torch, by the names in its schema."""
+    assert isinstance(node, Node)
+    return ops.operands(node.target, node.args, node.kwargs)
+
+
+def call(graph: Graph, target: Any, **operands: Any) -> Node:
+    """Inserts a call of an op of torch, whose operands are named as in its schema."""
+    return graph.call_function(target, ops.arguments(target, **operands))
+
+
+def first_operand(node: Node) -> Argument:
+    """Returns what a function or a method is called on; None of a call without operands."""
+    return node.args[0] if node.args else None
+
+
+def element(node: object) -> tuple[Argument, Argument] | None:
+    """Returns what a node takes an element of, and its index; None of any other node."""
+    return (node.args[0], node.args[1]) if isinstance(node, Node) and is_call(node, operator.getitem) else None
 
 
 def transposed_operand(node: object) -> Node | None:
@@ -234,25 +257,26 @@ def may_mutate(node: Node) -> bool:
     )
 
 
+def value(node: object) -> Any:
+    """Returns a node's traced value, in Dynamo's or AOTAutograd's graph; None if it was not recorded."""
+    return node.meta.get("example_value", node.meta.get("val")) if isinstance(node, Node) else None
+
+
 def dimensions(node: object) -> int | None:
     """Returns the number of dimensions of a node's traced value, None if it was not recorded."""
-    if not isinstance(node, Node):
-        return None
-    value = node.meta.get("example_value", node.meta.get("val"))
-    return value.dim() if isinstance(value, torch.Tensor) else None
+    traced = value(node)
+    return traced.dim() if isinstance(traced, Tensor) else None
 
 
 def dtype(node: object) -> torch.dtype | None:
     """Returns the dtype of a node's traced value, None if it was not recorded."""
-    if not isinstance(node, Node):
-        return None
-    value = node.meta.get("example_value", node.meta.get("val"))
-    return value.dtype if isinstance(value, torch.Tensor) else None
+    traced = value(node)
+    return traced.dtype if isinstance(traced, Tensor) else None
 
 
 def site_name(marker: Node) -> str:
     """Returns the name of a marker's weight in the traced module: ``self_attn.q_proj.weight``."""
-    weight = marker.args[0]
+    weight = operands(marker).w_int8
     assert isinstance(weight, Node)
     grapharg = weight.meta.get("grapharg")
     if grapharg is None or grapharg.source is None:
@@ -262,6 +286,20 @@ def site_name(marker: Node) -> str:
     if len(path) > 1 and path[-2].startswith("quaff_"):
         path[-2:] = [path[-2].removeprefix("quaff_")]
     return ".".join(path) or str(weight.target)
+
+
+SITE = "quaff_site"
+"""Under this key a node that was made from a site's linear has its name, in the ``custom`` that torch hands on."""
+
+
+def name_site(node: Node, site: str) -> None:
+    """Writes the name of its site on a node, from which AOTAutograd takes it to what it makes of the node."""
+    node.meta["custom"] = {**node.meta.get("custom", {}), SITE: site}
+
+
+def named_site(node: Node) -> str:
+    """Returns the name that `name_site` wrote, or else the name of the node."""
+    return str(node.meta.get("custom", {}).get(SITE, node.name))
 
 
 def describe_use(user: Node) -> str:

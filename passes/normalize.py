@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from quaff_fx.passes import matching
-from quaff_fx.passes.infrastructure import Change, PassResult
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import Argument
+
+from quaff_fx.passes import matching
+from quaff_fx.passes.infrastructure import Change, PassResult
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ def _cast(graph: Graph, x: Argument, dtype: torch.dtype) -> Node:
 def _is_simple(w: Node, marker: Node, transposed: bool) -> bool:
     """Tells whether `w` is the marker, its one transpose, or one cast of either to another dtype."""
     if matching.is_call(w, "to") and matching.dtype(w) != matching.dtype(marker):
-        w = w.args[0]  # type: ignore[assignment]
+        w = matching.first_operand(w)  # type: ignore[assignment]
     return (matching.transposed_operand(w) if transposed else w) is marker
 
 

@@ -5,19 +5,17 @@ from __future__ import annotations
 import operator
 from dataclasses import dataclass
 
-import torch
-from quaff_fx.passes import matching
-from quaff_fx.passes.infrastructure import Change, PassResult
-from quaff_fx.passes.normalize import erase_unused_views
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import Argument
 
+from quaff_fx import ops
 from quaff_fx.errors import PassError
-from quaff_fx.ops import STATIC_MOMENTUM
+from quaff_fx.passes import matching
+from quaff_fx.passes.infrastructure import Change, PassResult
+from quaff_fx.passes.normalize import erase_unused_views
 
-QUANTIZE_ACTIVATION = torch.ops.quaff.quantize_activation.default
-UPDATE_SMOOTHING_SCALE = torch.ops.quaff.update_smoothing_scale.default
-LINEAR = torch.ops.quaff.linear.default
+PARTS = ("x_int8", "x_scale", "x_outlier")
+"""What `quaff.quantize_activation` gives, by the names of `quaff.linear`."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +45,7 @@ class QuantizeLinears:
     def __call__(self, graph_module: GraphModule) -> PassResult:
         changes = []
         graph = graph_module.graph
-        shared: dict[tuple[Argument, ...], list[Node]] = {}
+        shared: dict[tuple[Argument, ...], dict[str, Node]] = {}
         for node in list(graph.nodes):
             if matching.may_mutate(node):
                 shared.clear()  # x may have changed, through an alias too
@@ -55,14 +53,25 @@ class QuantizeLinears:
             if operands is None or (marker := matching.int8_weight(operands[1])) is None:
                 continue
             x, _, bias = operands
-            w_int8, w_scale, w_outlier, channels, _, smoothing_scale, _, _, activation_max, _, _, rotation = marker.args
-            key = (x, channels, smoothing_scale, activation_max, rotation)
+            of = matching.operands(marker)
+            key = (x, of.outlier_channels, of.smoothing_scale, of.activation_max, of.rotation)
             with graph.inserting_before(node):
                 if key not in shared:
-                    shared[key] = _quantize_activation(graph, x, marker)
-                arguments = (x, *shared[key], w_int8, w_scale, w_outlier, bias, activation_max, rotation)
-                linear = graph.call_function(LINEAR, arguments)
+                    shared[key] = _quantize_activation(graph, x, of)
+                linear = matching.call(
+                    graph,
+                    ops.linear.target,
+                    x=x,
+                    **shared[key],
+                    w_int8=of.w_int8,
+                    w_scale=of.w_scale,
+                    w_outlier=of.w_outlier,
+                    bias=bias,
+                    activation_max=of.activation_max,
+                    rotation=of.rotation,
+                )
             linear.meta = dict(node.meta)
+            matching.name_site(linear, matching.site_name(marker))
             node.replace_all_uses_with(linear)
             graph.erase_node(node)
             changes.append(Change(matching.site_name(marker), "quantized"))
@@ -81,21 +90,34 @@ class QuantizeLinears:
         return PassResult(graph_module, tuple(changes))
 
 
-def _quantize_activation(graph: Graph, x: Argument, marker: Node) -> list[Node]:
-    """Inserts what the linears of one activation share; returns its integers, scale and outlier operand."""
-    _, _, _, channels, w_absmax, smoothing_scale, next_smoothing_scale, momentum, activation_max, training, *_ = (
-        marker.args
-    )
-    rotation = marker.args[-1]
+def _quantize_activation(graph: Graph, x: Argument, of: ops.Operands) -> dict[str, Node]:
+    """Inserts what the linears of one activation share, `of` being the operands of one of their markers.
+
+    Returns its integers, scale and outlier operand, by the names of `quaff.linear`.
+    """
     detached = graph.call_method("detach", (x,))
-    quantized = graph.call_function(
-        QUANTIZE_ACTIVATION, (detached, channels, smoothing_scale, activation_max, rotation)
+    quantized = matching.call(
+        graph,
+        ops.quantize_activation.target,
+        x=detached,
+        outlier_channels=of.outlier_channels,
+        smoothing_scale=of.smoothing_scale,
+        activation_max=of.activation_max,
+        rotation=of.rotation,
     )
-    parts = [
-        graph.create_node("call_function", operator.getitem, (quantized, index), name=name)
-        for index, name in enumerate(("x_int8", "x_scale", "x_outlier"))
-    ]
-    if training and momentum != STATIC_MOMENTUM:
-        updated = graph.call_function(UPDATE_SMOOTHING_SCALE, (detached, channels, w_absmax, smoothing_scale, momentum))
-        graph.call_method("copy_", (next_smoothing_scale, updated))
+    parts = {
+        name: graph.create_node("call_function", operator.getitem, (quantized, index), name=name)
+        for index, name in enumerate(PARTS)
+    }
+    if of.training and of.momentum != ops.STATIC_MOMENTUM:
+        updated = matching.call(
+            graph,
+            ops.update_smoothing_scale.target,
+            x=detached,
+            outlier_channels=of.outlier_channels,
+            outlier_w_absmax=of.outlier_w_absmax,
+            smoothing_scale=of.smoothing_scale,
+            momentum=of.momentum,
+        )
+        graph.call_method("copy_", (of.next_smoothing_scale, updated))
     return parts

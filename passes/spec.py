@@ -2,45 +2,79 @@
 
 from __future__ import annotations
 
-import operator
+from collections.abc import Iterator
 
-from quaff_fx.passes import matching, quantize
-from quaff_fx.passes.infrastructure import subgraphs
 from torch.fx import GraphModule, Node
+from torch.fx.node import map_arg
 
-from quaff_fx.errors import PassError
+from quaff_fx import ops
+from quaff_fx.errors import PassError, ShapeError
+from quaff_fx.passes import matching
+from quaff_fx.passes.infrastructure import subgraphs
+from quaff_fx.passes.quantize import PARTS
 
 
 def check_quantized(graph_module: GraphModule) -> None:
     """In a quantized graph every `quaff.linear` reads one activation, of its own x, quantized with its Q and rotation.
 
     Raises:
-        PassError: it does not, or a marker is read by a linear that could have been rewritten.
+        PassError: it does not, a marker is read by a linear that could have been rewritten, or operands do not fit.
     """
+    for node in _nodes(graph_module):
+        _verify(node)
+        if matching.is_call(node, ops.linear.target):
+            _check_linear(node)
+        operands = matching.linear_operands(node)
+        if operands is not None and matching.int8_weight(operands[1]) is not None:
+            raise PassError(f"{node}: multiplies a dequantized weight in float, expected {ops.linear.target}.")
+
+
+def check_lowered(graph_module: GraphModule) -> None:
+    """In a lowered graph only those `quaff` ops are left that Inductor gets as they are, with operands that fit.
+
+    Raises:
+        PassError: one is left that it should have got in parts, or operands do not fit.
+    """
+    for node in _nodes(graph_module):
+        op = ops.OPS.get(node.target) if node.op == "call_function" else None
+        if op is not None and op.lowered is not None:
+            raise PassError(f"{node}: is {op.target}, expected what it is made of. Register the decompositions.")
+        _verify(node)
+
+
+def _nodes(graph_module: GraphModule) -> Iterator[Node]:
     for graph in subgraphs(graph_module):
-        for node in graph.graph.nodes:
-            if matching.is_call(node, quantize.LINEAR):
-                _check_linear(node)
-            operands = matching.linear_operands(node)
-            if operands is not None and matching.int8_weight(operands[1]) is not None:
-                raise PassError(f"{node}: multiplies a dequantized weight in float, expected {quantize.LINEAR}.")
+        yield from graph.graph.nodes
+
+
+def _verify(node: Node) -> None:
+    """Runs the verifier of an op, if the values of its operands are recorded; its fake does so when it is traced."""
+    op = ops.OPS.get(node.target) if node.op == "call_function" else None
+    if op is None or any(matching.value(operand) is None for operand in node.all_input_nodes):
+        return
+    try:
+        op.verify(ops.operands(op.target, map_arg(node.args, matching.value), map_arg(node.kwargs, matching.value)))
+    except ShapeError as error:
+        raise PassError(f"{node}: {error}") from error
 
 
 def _check_linear(node: Node) -> None:
-    x, *parts = node.args[:4]
+    o = matching.operands(node)
     sources = set()
-    for index, part in enumerate(parts):
-        if not matching.is_call(part, operator.getitem) or part.args[1] != index:  # type: ignore[union-attr]
-            raise PassError(f"{node}: argument {index + 1} is {part}, expected part {index} of a quantized activation.")
-        sources.add(part.args[0])  # type: ignore[union-attr]
+    for index, name in enumerate(PARTS):
+        part = getattr(o, name)
+        source, at = matching.element(part) or (None, None)
+        if at != index:
+            raise PassError(f"{node}: {name} is {part}, expected part {index} of a quantized activation.")
+        sources.add(source)
     source = sources.pop()
-    if sources or not isinstance(source, Node) or not matching.is_call(source, quantize.QUANTIZE_ACTIVATION):
+    if sources or not isinstance(source, Node) or not matching.is_call(source, ops.quantize_activation.target):
         raise PassError(f"{node}: reads parts of {len(sources) + 1} activations, expected one.")
-    detached, _, _, *numbers = source.args
-    if not matching.is_call(detached, "detach") or detached.args[0] is not x:  # type: ignore[union-attr]
+    of = matching.operands(source)
+    if not matching.is_call(of.x, "detach") or matching.first_operand(of.x) is not o.x:
         raise PassError(f"{node}: reads {source} of another activation, expected of its own x, detached.")
-    if tuple(numbers) != node.args[-2:]:
-        expected = "range ±{} and rotation {}".format(*node.args[-2:])
+    if (of.activation_max, of.rotation) != (o.activation_max, o.rotation):
         raise PassError(
-            f"{node}: reads {source} of range ±{numbers[0]} and rotation {numbers[1]}, expected {expected}."
+            f"{node}: reads {source} of range ±{of.activation_max} and rotation {of.rotation}, expected range "
+            f"±{o.activation_max} and rotation {o.rotation}."
         )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import codecs
 import contextlib
+import functools
 import importlib
 import locale
 import warnings
@@ -19,19 +20,19 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from torch import fx
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._guards import TracingContext
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 from torch._inductor.decomposition import select_decomp_table
-from torch.fx import Graph, GraphModule
+from torch.fx import GraphModule
 
 from quaff_fx import decompositions
 from quaff_fx.errors import ConfigError, QuaffWarning
-from quaff_fx.kernels import cpu, product
+from quaff_fx.kernels import cpu, dispatch
 from quaff_fx.passes import pipeline
-from quaff_fx.passes.infrastructure import Change
-from quaff_fx.readable import readable
+from quaff_fx.passes.infrastructure import Change, RunResult, Stage
 
 
 def _import_inductor() -> ModuleType:
@@ -72,23 +73,48 @@ def current_autocast() -> Autocast:
     return tuple((kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)) for kind in devices)
 
 
-@dataclass
-class CompiledGraph:
-    """One traced graph, as text at each stage, with what the passes changed.
+@dataclass(frozen=True)
+class Graph:
+    """One traced graph, as text at each stage, with what each pass changed; `str` shows all of it.
 
     Attributes:
-        captured: the traced graph with its markers. rewritten: the graph after the passes.
-        changes: what each pass did or left alone, in order.
+        stages: as Dynamo traced it, with its markers, then after each pass.
         graph_module, fake_inputs: the rewritten graph with fake inputs of the traced shapes, for `lower`.
         autocast: what was on while it was traced.
     """
 
-    captured: str
-    rewritten: str
-    changes: tuple[Change, ...]
+    stages: tuple[Stage, ...]
     graph_module: GraphModule = field(repr=False)
     fake_inputs: tuple[Any, ...] = field(repr=False)
     autocast: Autocast = ()
+
+    @property
+    def captured(self) -> str:
+        """The graph as traced, with its markers."""
+        return self.stages[0].text
+
+    @property
+    def rewritten(self) -> str:
+        """The graph after the passes."""
+        return self.stages[-1].text
+
+    @property
+    def changes(self) -> tuple[Change, ...]:
+        """What each pass did or left alone, in order."""
+        return tuple(change for stage in self.stages for change in stage.changes)
+
+    @functools.cached_property
+    def lowered_stages(self) -> tuple[tuple[Stage, ...], ...]:
+        """The graphs that Inductor gets, forward and backward or one, before and after each pass. Traced anew."""
+        return tuple(result.stages for result in lower(self.graph_module, self.fake_inputs, self.autocast))
+
+    @property
+    def lowered(self) -> tuple[str, ...]:
+        """The graphs that Inductor gets: forward and backward, or one if nothing needs a gradient."""
+        return tuple(stages[-1].text for stages in self.lowered_stages)
+
+    def __str__(self) -> str:
+        return "\n\n".join(str(stage) for stages in (self.stages, *self.lowered_stages) for stage in stages)
 
 
 LOOP_USES = 4
@@ -104,7 +130,7 @@ class QuantizeBackend:
     on, after one warning. Backward is compiled with its forward: it never fails because of that.
     """
 
-    def __init__(self, record: list[CompiledGraph], limit: int) -> None:
+    def __init__(self, record: list[Graph], limit: int) -> None:
         self.record = record
         self.limit = limit
         self.obstacle: cpu.Obstacle | None = None
@@ -112,7 +138,6 @@ class QuantizeBackend:
         decompositions.register()
 
     def __call__(self, graph_module: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        captured = readable(graph_module)
         result = pipeline.quantize(graph_module)
         if len(self.record) + 1 == self.limit:
             warnings.warn(
@@ -121,7 +146,7 @@ class QuantizeBackend:
                 QuaffWarning,
                 stacklevel=2,
             )
-        graph = _compiled_graph(captured, result.graph_module, result.changes, example_inputs)
+        graph = _graph(result, example_inputs)
         run: Callable[..., Any] | None = None
         if self._is_to_be_compiled(graph):
             run = self._compiled(result.graph_module, example_inputs)
@@ -140,10 +165,10 @@ class QuantizeBackend:
                 self.obstacle = cpu.obstacle_to_kernel() or cpu.obstacle_of(error)
                 if self.obstacle is None:
                     raise
-        product.warn_of(self.obstacle)
+        dispatch.warn_of(self.obstacle)
         return None
 
-    def _is_to_be_compiled(self, graph: CompiledGraph) -> bool:
+    def _is_to_be_compiled(self, graph: Graph) -> bool:
         """False for loops of many lengths, each of which would take tens of seconds; warns before it comes to that."""
         length = loop_length(graph)
         lengths = {loop_length(other) for other in self.record} - {0}
@@ -161,7 +186,7 @@ class QuantizeBackend:
         return len(lengths) < COMPILED_LOOPS
 
 
-def loop_length(graph: CompiledGraph) -> int:
+def loop_length(graph: Graph) -> int:
     """Returns how many rounds of a loop a graph holds, the products with its most used weight; 0 if it has no loop."""
     uses = Counter(change.site for change in graph.changes if change.action == "quantized")
     most = max(uses.values(), default=0)
@@ -184,9 +209,9 @@ def _compile(graph_module: GraphModule, example_inputs: Sequence[Any]) -> Callab
 class _LoweringPasses(CustomGraphPass):
     """The passes of `pipeline.lower`, where Inductor runs them."""
 
-    def __call__(self, graph: Graph) -> None:
+    def __call__(self, graph: fx.Graph) -> None:
         assert graph.owning_module is not None
-        pipeline.lower(graph.owning_module)
+        pipeline.lower(graph.owning_module, is_kept=False)
 
     def uuid(self) -> bytes:
         return get_hash_for_files(tuple(str(path) for path in sorted(Path(str(pipeline.__file__)).parent.glob("*.py"))))
@@ -216,23 +241,26 @@ def _compile_inner(*args: Any, **kwargs: Any) -> Any:
     return _inductor.compile_fx_inner(*args, **kwargs)
 
 
-def lower(graph_module: GraphModule, fake_inputs: Sequence[Any], autocast: Autocast = ()) -> list[GraphModule]:
+def lower(graph_module: GraphModule, fake_inputs: Sequence[Any], autocast: Autocast = ()) -> list[RunResult]:
     """Returns the graphs that Inductor gets: forward and backward, or one where nothing needs a gradient.
 
     Runs AOTAutograd with Inductor's decompositions and partitioner on fake tensors, under the `autocast` that the graph
     was traced under; compiles nothing.
     """
-    lowered: list[GraphModule] = []
+    results: list[RunResult] = []
 
-    def keep(graph: GraphModule, _: Sequence[Any]) -> Callable[..., Any]:
-        lowered.append(pipeline.lower(graph).graph_module)
-        return graph.forward
+    def keep(name: str) -> Callable[..., Any]:
+        def compile_nothing(graph: GraphModule, _: Sequence[Any]) -> Callable[..., Any]:
+            results.append(pipeline.lower(graph, before=name))
+            return graph.forward
+
+        return compile_nothing
 
     decompositions.register()
     compile_lowered = aot_autograd(
-        fw_compiler=keep,
-        bw_compiler=keep,
-        inference_compiler=keep,
+        fw_compiler=keep("lowered forward"),
+        bw_compiler=keep("lowered backward"),
+        inference_compiler=keep("lowered"),
         decompositions=select_decomp_table(),
         partition_fn=min_cut_rematerialization_partition,
     )
@@ -241,17 +269,13 @@ def lower(graph_module: GraphModule, fake_inputs: Sequence[Any], autocast: Autoc
         for kind, dtype, is_on in autocast:
             stack.enter_context(torch.autocast(kind, dtype=dtype, enabled=is_on))
         compile_lowered(graph_module, list(fake_inputs))
-    return lowered
+    return results
 
 
-def _compiled_graph(
-    captured: str, graph_module: GraphModule, changes: tuple[Change, ...], example_inputs: Sequence[Any]
-) -> CompiledGraph:
-    rewritten = readable(graph_module)
+def _graph(result: RunResult, example_inputs: Sequence[Any]) -> Graph:
+    graph_module = result.graph_module
+    inputs = (node for node in graph_module.graph.nodes if node.op == "placeholder")
     fake_inputs = tuple(
-        node.meta.get("example_value", example)
-        for node, example in zip(
-            (n for n in graph_module.graph.nodes if n.op == "placeholder"), example_inputs, strict=False
-        )
+        node.meta.get("example_value", example) for node, example in zip(inputs, example_inputs, strict=False)
     )
-    return CompiledGraph(captured, rewritten, changes, graph_module, fake_inputs, current_autocast())
+    return Graph(result.stages, graph_module, fake_inputs, current_autocast())

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from quaff_fx import numerics, state
 from quaff_fx.config import QuaffConfig
 from quaff_fx.errors import CalibrationError, QuaffWarning
-from quaff_fx.kernels import product
+from quaff_fx.kernels import dispatch
 from quaff_fx.observe import Seen, Statistics, loaded_weight, site_tensor
 from quaff_fx.ops import IN_DIM_CONFLICT, IN_DIM_UNSEEN, STATIC_MOMENTUM
 from quaff_fx.sites import Site
@@ -101,7 +101,7 @@ def choose(sites: Sequence[Site], statistics: Mapping[str, Statistics], config: 
     plan = Plan(left_alone=[(site, reason) for site in sites if (reason := reasons[site.weight_name])])
     for group in _groups(read, seen) if config.is_sharing else [[site] for site in read]:
         outliers = _outlier_state(group, seen, config, plan.columns)
-        q = product.activation_max(config.activation_bits, outliers.outlier_channels.device)
+        q = dispatch.activation_max(config.activation_bits, outliers.outlier_channels.device)
         for site in group:
             in_dim = seen[site.weight_name].in_dim
             rotation = numerics.rotation_block(site.shape[in_dim], config.largest_rotation)

@@ -11,7 +11,7 @@ from tabulate import tabulate
 from torch import nn
 
 from quaff_fx.api import stages_of
-from quaff_fx.kernels import product
+from quaff_fx.kernels.dispatch import kernels_of
 from quaff_fx.sites import Site
 from quaff_fx.stages import Stages
 from quaff_fx.state import LoadedWeight, QuantizedWeight
@@ -156,7 +156,7 @@ def explain(model: nn.Module) -> Explanation:
         stages.stage,
         stages.steps,
         stages.config.calibration_steps,
-        product.describe(device),
+        kernels_of(device).name,
         tuple(also_read),
     )
 

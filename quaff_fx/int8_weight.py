@@ -102,7 +102,7 @@ class ReadOnlyView(Tensor):
 
 
 def _shares_memory(left: Tensor, right: Tensor) -> bool:
-    return left.device.type != "meta" and left.untyped_storage().data_ptr() == right.untyped_storage().data_ptr() != 0
+    return not left.is_meta and left.untyped_storage().data_ptr() == right.untyped_storage().data_ptr() != 0
 
 
 _EDITING_OPERATORS = {"__setitem__", *(f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "floordiv", "pow"))}

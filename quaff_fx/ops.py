@@ -1,11 +1,15 @@
 """The custom ops `quaff::*`: what a rewritten graph is made of.
 
-A marker stands where a frozen weight is read; the other ops are what passes put in their place. Each op has a real
-implementation, a fake one, and where it is differentiable a gradient; `decompositions.py` says what Inductor sees.
+A marker stands where a frozen weight is read; the other ops are what passes put in their place. Each op is declared
+once (`_op`): its function, whose signature is its schema, and with it the check of its operands, what fake tensors give,
+what Inductor sees in its place, and where it is differentiable its gradient.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -13,44 +17,9 @@ from torch import Tensor
 
 from quaff_fx import numerics
 from quaff_fx.errors import ShapeError
-from quaff_fx.kernels import product
+from quaff_fx.kernels.dispatch import kernels_of
 
 LIBRARY = torch.library.Library("quaff", "DEF")  # type: ignore[no-untyped-call]
-
-_SCHEMAS = {
-    # marker
-    "dequantize_weight": (
-        "(Tensor w_int8, Tensor w_scale, Tensor w_outlier, Tensor outlier_channels, Tensor outlier_w_absmax, "
-        "Tensor smoothing_scale, Tensor next_smoothing_scale, float momentum, int activation_max, bool training, "
-        "ScalarType dtype, int rotation) -> Tensor"
-    ),
-    # of weights whose outlier channels are not known yet
-    "weight_only_linear": "(Tensor x, Tensor w_int8, Tensor w_scale, Tensor? bias, int rotation) -> Tensor",
-    # quantize
-    "update_smoothing_scale": (
-        "(Tensor x, Tensor outlier_channels, Tensor outlier_w_absmax, Tensor smoothing_scale, float momentum) -> Tensor"
-    ),
-    "quantize_activation": (
-        "(Tensor x, Tensor outlier_channels, Tensor smoothing_scale, int activation_max, int rotation) "
-        "-> (Tensor, Tensor, Tensor)"
-    ),
-    "linear": (
-        "(Tensor x, Tensor x_int8, Tensor x_scale, Tensor x_outlier, Tensor w_int8, Tensor w_scale, Tensor w_outlier, "
-        "Tensor? bias, int activation_max, int rotation) -> Tensor"
-    ),
-    "linear_grad_input": (
-        "(Tensor grad_output, Tensor w_int8, Tensor w_scale, int activation_max, int rotation) -> Tensor"
-    ),
-    # lower
-    "quantize_rotated": (
-        "(Tensor x, Tensor outlier_channels, Tensor smoothing_scale, int activation_max, int rotation) "
-        "-> (Tensor, Tensor, Tensor)"
-    ),
-    "int8_linear": (
-        "(Tensor a_int8, Tensor w_int8, bool transpose_w, Tensor? a_scale, Tensor? w_scale, Tensor? a_outlier, "
-        "Tensor? w_outlier, Tensor? bias, ScalarType out_dtype, int activation_max, int rotation) -> Tensor"
-    ),
-}
 
 STATIC_MOMENTUM = 1.0
 """A momentum that keeps the smoothing scale as it is: passes insert no update."""
@@ -58,12 +27,94 @@ STATIC_MOMENTUM = 1.0
 IN_DIM_UNSEEN = -1
 IN_DIM_CONFLICT = 2
 
+
+class Operands(SimpleNamespace):
+    """The operands of a call, by the names in the schema of its op."""
+
+
+def operands(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any] | None = None) -> Operands:
+    """Returns the operands of a call of `target`, any op of torch; what is not given has its default."""
+    schema = target._schema.arguments
+    defaults = {entry.name: entry.default_value for entry in schema if entry.has_default_value()}
+    given = dict(zip((entry.name for entry in schema), args, strict=False))
+    return Operands(**{**defaults, **given, **(kwargs or {})})
+
+
+def arguments(target: Any, **operands: Any) -> tuple[Any, ...]:
+    """Returns operands in the order of the schema of `target`, as a call takes them; defaults at the end are left out.
+
+    Raises:
+        TypeError: one is missing that has no default, or there is no operand of that name.
+    """
+    schema = target._schema.arguments
+    missing = {entry.name for entry in schema if not entry.has_default_value()} - operands.keys()
+    unknown = operands.keys() - {entry.name for entry in schema}
+    if missing or unknown:
+        raise TypeError(f"{target}: lacks {sorted(missing)} and has no {sorted(unknown)}, expected {target._schema}.")
+    last = max((index for index, entry in enumerate(schema) if entry.name in operands), default=-1)
+    return tuple(operands.get(entry.name, entry.default_value) for entry in schema[: last + 1])
+
+
+@dataclass(frozen=True, eq=False)
+class Op:
+    """A custom op, as `_op` declares it.
+
+    Attributes:
+        target: what graphs call. compute: the function itself, which a fake tensor may go through as well.
+        verify: raises `ShapeError` unless operands, real or fake, fit each other.
+        lowered: what Inductor sees in its place; None where it stays one op.
+    """
+
+    target: Any
+    compute: Callable[..., Any]
+    verify: Callable[[Operands], None]
+    lowered: Callable[..., Any] | None
+
+
+OPS: dict[Any, Op] = {}
+"""Every op, by what graphs call."""
+
 # flexible_layout lets Inductor keep one int8 buffer where two products read the same quantized activation; with a fixed
 # layout it makes one copy per consumer.
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout)
 
-for _name, _schema in _SCHEMAS.items():
-    LIBRARY.define(_name + _schema, tags=_TAGS)  # type: ignore[no-untyped-call]
+_ITSELF = object()
+
+
+def _op(
+    *,
+    fake: Callable[[Operands], Any],
+    verify: Callable[[Operands], None],
+    lowered: Any = None,
+    gradient: tuple[Callable[..., None], Callable[..., Any]] | None = None,
+) -> Callable[[Callable[..., Any]], Op]:
+    """Declares the op of a function: its name and signature are those of the op.
+
+    Args:
+        fake: empty tensors like the results. verify, lowered: as of `Op`; `_ITSELF` lowers to the function.
+        gradient: what is saved for backward, and backward, as `torch.library.register_autograd` takes them.
+    """
+
+    def declare(compute: Callable[..., Any]) -> Op:
+        name = compute.__name__
+        schema = torch.library.infer_schema(compute, mutates_args=()).replace("SymInt", "int")
+        LIBRARY.define(name + schema, tags=_TAGS)  # type: ignore[no-untyped-call]
+        target = getattr(torch.ops.quaff, name).default
+
+        def verified_fake(*args: Any) -> Any:
+            given = operands(target, args)
+            verify(given)
+            return fake(given)
+
+        LIBRARY.impl(name, compute, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+        torch.library.register_fake(f"quaff::{name}", verified_fake, lib=LIBRARY)
+        if gradient is not None:
+            save, backward = gradient
+            torch.library.register_autograd(f"quaff::{name}", backward, setup_context=save, lib=LIBRARY)
+        OPS[target] = op = Op(target, compute, verify, compute if lowered is _ITSELF else lowered)
+        return op
+
+    return declare
 
 
 def tokens_of(x: Tensor) -> Tensor:
@@ -71,10 +122,77 @@ def tokens_of(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1])
 
 
+# --- verifiers: on real and fake operands, in what does not change with the number of tokens -------------------------
+
+
+def _expect(is_met: bool, name: str, found: object, expected: object, way_out: str) -> None:
+    if not is_met:
+        raise ShapeError(f"{name}: is {found}, expected {expected}. {way_out}")
+
+
+def _verify_tensor(o: Operands, name: str, dtype: torch.dtype | None, *shape: int | None) -> None:
+    """Expects operand `name` to be a tensor of a dtype (None: floating) and shape (None: any size)."""
+    tensor: Tensor = getattr(o, name)
+    found = f"{tensor.dtype} of shape {tuple(tensor.shape)}"
+    sizes = ", ".join("any" if size is None else str(size) for size in shape)
+    is_dtype = tensor.is_floating_point() if dtype is None else tensor.dtype == dtype
+    is_shape = tensor.ndim == len(shape) and all(
+        size is None or size == actual for size, actual in zip(shape, tensor.shape, strict=True)
+    )
+    _expect(is_dtype and is_shape, name, found, f"{dtype or 'floating'} of shape ({sizes})", "Pass one that fits.")
+
+
+def _verify_weight(o: Operands) -> None:
+    _verify_tensor(o, "w_int8", torch.int8, None, None)
+    _verify_tensor(o, "w_scale", torch.float32, o.w_int8.shape[0])
+
+
+def _verify_outliers(o: Operands) -> None:
+    _verify_tensor(o, "outlier_channels", torch.int64, None)
+    count = o.outlier_channels.shape[0]
+    for name in ("outlier_w_absmax", "smoothing_scale", "next_smoothing_scale"):
+        if hasattr(o, name):
+            _verify_tensor(o, name, torch.float32, count)
+
+
+def _verify_numbers(o: Operands, features: int) -> None:
+    if hasattr(o, "activation_max"):
+        _expect(o.activation_max in (63, 127), "activation_max", o.activation_max, "63 or 127", "Use one of these.")
+    block = o.rotation
+    is_block = block >= 1 and block & (block - 1) == 0 and features % block == 0
+    divides = f"a power of two that divides {features} features"
+    _expect(is_block, "rotation", block, divides, "Take numerics.rotation_block.")
+
+
+def _verify_momentum(o: Operands) -> None:
+    _expect(0 <= o.momentum <= 1, "momentum", o.momentum, "a share, 0 to 1", "Use one of these.")
+
+
+def _verify_features(op: str, name: str, x: Tensor, features: int, of: str) -> None:
+    if x.shape[-1] != features:
+        raise ShapeError(
+            f"quaff::{op}: {name} has {x.shape[-1]} features, expected {features}, the {of} of its weight. Pass an "
+            "activation that fits."
+        )
+
+
 # --- marker ------------------------------------------------------------------------------------------------------
 
 
-def _dequantize_weight(
+def _verify_dequantize_weight(o: Operands) -> None:
+    _verify_weight(o)
+    _verify_outliers(o)
+    _verify_tensor(o, "w_outlier", None, o.outlier_channels.shape[0], o.w_int8.shape[0])
+    _verify_numbers(o, o.w_int8.shape[1])
+    _verify_momentum(o)
+
+
+@_op(
+    fake=lambda o: torch.empty_like(o.w_int8, dtype=o.dtype),
+    verify=_verify_dequantize_weight,
+    lowered=_ITSELF,
+)
+def dequantize_weight(
     w_int8: Tensor,
     w_scale: Tensor,
     w_outlier: Tensor,
@@ -88,20 +206,11 @@ def _dequantize_weight(
     dtype: torch.dtype,
     rotation: int,
 ) -> Tensor:
+    """The marker: the float weight (N, K), with all that a pass needs to multiply by it in int8."""
     return numerics.dequantize_weight(w_int8, w_scale, w_outlier, outlier_channels, rotation).to(dtype)
 
 
 # --- float activations ---------------------------------------------------------------------------------------------
-
-
-def _weight_only_linear(x: Tensor, w_int8: Tensor, w_scale: Tensor, bias: Tensor | None, rotation: int) -> Tensor:
-    """The float weight exists in parts only, while they multiply: backward builds them anew."""
-    x = numerics.rotate(x.float(), rotation).to(x.dtype)
-    y = x.new_empty(*x.shape[:-1], w_int8.shape[0])
-    for part in _parts(w_int8.shape[0], w_int8.shape[1]):
-        weight = numerics.dequantize_rows(w_int8[part], w_scale[part]).to(x.dtype)
-        y[..., part] = torch.nn.functional.linear(x, weight, None if bias is None else bias[part])
-    return y
 
 
 def _parts(rows: int, columns: int) -> list[slice]:
@@ -115,39 +224,64 @@ def _parts(rows: int, columns: int) -> list[slice]:
 
 
 def _save_for_weight_only_grad(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    _, w_int8, w_scale, _, rotation = inputs
-    ctx.save_for_backward(w_int8, w_scale)
-    ctx.rotation = rotation
+    o = operands(weight_only_linear.target, inputs)
+    ctx.save_for_backward(o.w_int8, o.w_scale)
+    ctx.rotation = o.rotation
 
 
 def _weight_only_grad(ctx, grad_output: Tensor):  # type: ignore[no-untyped-def]
     w_int8, w_scale = ctx.saved_tensors
-    needs_x, _, _, needs_bias, _ = ctx.needs_input_grad
-    grad_input = grad_bias = None
-    if needs_x:
-        grad_input = grad_output.new_empty(*grad_output.shape[:-1], w_int8.shape[1])
+    needs = operands(weight_only_linear.target, ctx.needs_input_grad)
+    grad_x = grad_bias = None
+    if needs.x:
+        grad_x = grad_output.new_empty(*grad_output.shape[:-1], w_int8.shape[1])
         for part in _parts(w_int8.shape[1], w_int8.shape[0]):
             weight = numerics.dequantize_rows(w_int8[:, part], w_scale).to(grad_output.dtype)
-            grad_input[..., part] = grad_output @ weight
-        grad_input = numerics.rotate(grad_input.float(), ctx.rotation).to(grad_output.dtype)
-    if needs_bias:
+            grad_x[..., part] = grad_output @ weight
+        grad_x = numerics.rotate(grad_x.float(), ctx.rotation).to(grad_output.dtype)
+    if needs.bias:
         grad_bias = tokens_of(grad_output).sum(dim=0)
-    return grad_input, None, None, grad_bias, None
+    nothing = dict.fromkeys(vars(needs))
+    return arguments(weight_only_linear.target, **{**nothing, "x": grad_x, "bias": grad_bias})
+
+
+def _verify_weight_only_linear(o: Operands) -> None:
+    _verify_weight(o)
+    _verify_features("weight_only_linear", "x", o.x, o.w_int8.shape[1], "in_features")
+    _verify_numbers(o, o.w_int8.shape[1])
+
+
+@_op(
+    fake=lambda o: o.x.new_empty(*o.x.shape[:-1], o.w_int8.shape[0]),
+    verify=_verify_weight_only_linear,
+    gradient=(_save_for_weight_only_grad, _weight_only_grad),
+)
+def weight_only_linear(x: Tensor, w_int8: Tensor, w_scale: Tensor, bias: Tensor | None, rotation: int) -> Tensor:
+    """X Wᵀ + bias of a weight whose outlier channels are not known yet, in float.
+
+    The float weight exists in parts only, while they multiply: backward builds them anew.
+    """
+    x = numerics.rotate(x.float(), rotation).to(x.dtype)
+    y = x.new_empty(*x.shape[:-1], w_int8.shape[0])
+    for part in _parts(w_int8.shape[0], w_int8.shape[1]):
+        weight = numerics.dequantize_rows(w_int8[part], w_scale[part]).to(x.dtype)
+        y[..., part] = torch.nn.functional.linear(x, weight, None if bias is None else bias[part])
+    return y
 
 
 # --- quantize ----------------------------------------------------------------------------------------------------
 
 
-def _int8_product(a_int8: Tensor, w_int8: Tensor, transpose_w: bool, *rest: Any) -> Tensor:
-    """On a CPU the op, one kernel with its epilogue; elsewhere plain aten, whose epilogue Inductor fuses."""
-    if a_int8.device.type == "cpu":
-        return torch.ops.quaff.int8_linear.default(a_int8, w_int8, transpose_w, *rest)  # type: ignore[no-any-return]
-    return _int8_linear(a_int8, w_int8, transpose_w, *rest)
+def _verify_update(o: Operands) -> None:
+    _verify_outliers(o)
+    _verify_momentum(o)
 
 
-def _update_smoothing_scale(
+@_op(fake=lambda o: torch.empty_like(o.smoothing_scale), verify=_verify_update, lowered=_ITSELF)
+def update_smoothing_scale(
     x: Tensor, outlier_channels: Tensor, outlier_w_absmax: Tensor, smoothing_scale: Tensor, momentum: float
 ) -> Tensor:
+    """The smoothing scale after a step that saw x (`numerics.updated_smoothing_scale`)."""
     x = tokens_of(x)
     if x.shape[0] == 0:
         return smoothing_scale.clone()
@@ -156,13 +290,75 @@ def _update_smoothing_scale(
     return numerics.updated_smoothing_scale(smoothing_scale, target, momentum)
 
 
-def _quantize_activation(
+def _verify_quantize_activation(o: Operands) -> None:
+    _expect(o.x.is_floating_point() and o.x.ndim > 0, "x", o.x.dtype, "a floating activation (..., K)", "Pass one.")
+    _verify_outliers(o)
+    _verify_numbers(o, o.x.shape[-1])
+
+
+def _fake_quantize_activation(o: Operands) -> tuple[Tensor, Tensor, Tensor]:
+    x = tokens_of(o.x)
+    return (
+        torch.empty_like(x, dtype=torch.int8, memory_format=torch.contiguous_format),
+        x.new_empty(x.shape[0], dtype=torch.float32),
+        x.new_empty(x.shape[0], o.outlier_channels.shape[0], dtype=torch.float32),
+    )
+
+
+def _lowered_quantize_activation(
+    x: Tensor, outlier_channels: Tensor, smoothing_scale: Tensor, activation_max: int, rotation: int
+) -> Any:
+    owns = rotation > 1 and kernels_of(x.device).owns_rotation  # the kernel rotates a row while it is in the cache
+    quantize = quantize_rotated.target if owns else numerics.quantize_activation
+    return quantize(tokens_of(x), outlier_channels, smoothing_scale, activation_max, rotation)
+
+
+@_op(fake=_fake_quantize_activation, verify=_verify_quantize_activation, lowered=_lowered_quantize_activation)
+def quantize_activation(
     x: Tensor, outlier_channels: Tensor, smoothing_scale: Tensor, activation_max: int, rotation: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return product.quantize_activation(tokens_of(x), outlier_channels, smoothing_scale, activation_max, rotation)
+    """x_int8, x_scale and x_outlier of `numerics.quantize_activation`, of x as rows."""
+    quantize = kernels_of(x.device).quantize_activation
+    return quantize(tokens_of(x), outlier_channels, smoothing_scale, activation_max, rotation)
 
 
-def _linear(
+def _verify_linear(o: Operands) -> None:
+    _verify_weight(o)
+    n, k = o.w_int8.shape
+    _verify_features("linear", "x", o.x, k, "in_features")
+    _verify_tensor(o, "x_int8", torch.int8, None, k)
+    _verify_tensor(o, "x_scale", torch.float32, None)
+    _verify_tensor(o, "x_outlier", torch.float32, None, o.w_outlier.shape[0])
+    _verify_tensor(o, "w_outlier", None, None, n)
+    if o.bias is not None:
+        _verify_tensor(o, "bias", None, n)
+    _verify_numbers(o, k)
+
+
+def _save_for_linear_grad(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    o = operands(linear.target, inputs)
+    ctx.save_for_backward(o.w_int8, o.w_scale)
+    ctx.numbers = (o.activation_max, o.rotation)
+
+
+def _linear_grad(ctx, grad_output: Tensor):  # type: ignore[no-untyped-def]
+    w_int8, w_scale = ctx.saved_tensors
+    needs = operands(linear.target, ctx.needs_input_grad)
+    grad_x = grad_bias = None
+    if needs.x:
+        grad_x = linear_grad_input.target(grad_output, w_int8, w_scale, *ctx.numbers)
+    if needs.bias:
+        grad_bias = tokens_of(grad_output).sum(dim=0)
+    return arguments(linear.target, **{**dict.fromkeys(vars(needs)), "x": grad_x, "bias": grad_bias})
+
+
+@_op(
+    fake=lambda o: o.x.new_empty(*o.x.shape[:-1], o.w_int8.shape[0]),
+    verify=_verify_linear,
+    lowered=_ITSELF,
+    gradient=(_save_for_linear_grad, _linear_grad),
+)
+def linear(
     x: Tensor,
     x_int8: Tensor,
     x_scale: Tensor,
@@ -174,42 +370,101 @@ def _linear(
     activation_max: int,
     rotation: int,
 ) -> Tensor:
-    correction = (x_outlier, w_outlier.float())
-    y = _int8_product(x_int8, w_int8, False, x_scale, w_scale, *correction, bias, x.dtype, activation_max, 1)
+    """X Wᵀ + bias from the quantized form of x; the gradient of x needs neither that form nor x."""
+    y = _int8_product(
+        a_int8=x_int8,
+        w_int8=w_int8,
+        transpose_w=False,
+        a_scale=x_scale,
+        w_scale=w_scale,
+        a_outlier=x_outlier,
+        w_outlier=w_outlier.float(),
+        bias=bias,
+        out_dtype=x.dtype,
+        activation_max=activation_max,
+        rotation=1,
+    )
     # Not `reshape`: autograd forbids to edit the view that a custom op returns in place, as AdaLoRA does.
     return torch.ops.aten._unsafe_view.default(y, [*x.shape[:-1], w_int8.shape[0]])  # type: ignore[no-any-return]
 
 
-def _linear_grad_input(
+def _verify_linear_grad_input(o: Operands) -> None:
+    _verify_weight(o)
+    _verify_features("linear_grad_input", "grad_output", o.grad_output, o.w_int8.shape[0], "out_features")
+    _verify_numbers(o, o.w_int8.shape[1])
+
+
+@_op(
+    fake=lambda o: o.grad_output.new_empty(*o.grad_output.shape[:-1], o.w_int8.shape[1]),
+    verify=_verify_linear_grad_input,
+    lowered=_ITSELF,
+)
+def linear_grad_input(
     grad_output: Tensor, w_int8: Tensor, w_scale: Tensor, activation_max: int, rotation: int
 ) -> Tensor:
+    """The gradient of x from that of x Wᵀ."""
     g_int8, g_scale = numerics.quantize_gradient(tokens_of(grad_output), w_scale, activation_max)
-    epilogue = (g_scale, None, None, None, None, grad_output.dtype)
-    grad_input = _int8_product(g_int8, w_int8, True, *epilogue, activation_max, rotation)
+    grad_input = _int8_product(
+        a_int8=g_int8,
+        w_int8=w_int8,
+        transpose_w=True,
+        a_scale=g_scale,
+        w_scale=None,
+        a_outlier=None,
+        w_outlier=None,
+        bias=None,
+        out_dtype=grad_output.dtype,
+        activation_max=activation_max,
+        rotation=rotation,
+    )
     return grad_input.reshape(*grad_output.shape[:-1], w_int8.shape[1])
-
-
-def _save_for_linear_grad(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    _, _, _, _, w_int8, w_scale, _, _, activation_max, rotation = inputs
-    ctx.save_for_backward(w_int8, w_scale)
-    ctx.numbers = (activation_max, rotation)
-
-
-def _linear_grad(ctx, grad_output: Tensor):  # type: ignore[no-untyped-def]
-    w_int8, w_scale = ctx.saved_tensors
-    needs_x, *_, needs_bias, _, _ = ctx.needs_input_grad
-    grad_input = grad_bias = None
-    if needs_x:
-        grad_input = torch.ops.quaff.linear_grad_input.default(grad_output, w_int8, w_scale, *ctx.numbers)
-    if needs_bias:
-        grad_bias = tokens_of(grad_output).sum(dim=0)
-    return grad_input, None, None, None, None, None, None, grad_bias, None, None
 
 
 # --- lower -------------------------------------------------------------------------------------------------------
 
 
-def _int8_linear(
+def _int8_product(**given: Any) -> Tensor:
+    """Where the kernel owns the epilogue the op, one node; elsewhere plain aten, whose epilogue Inductor fuses."""
+    call = int8_linear.target if kernels_of(given["a_int8"].device).owns_epilogue else int8_linear.compute
+    return call(*arguments(int8_linear.target, **given))  # type: ignore[no-any-return]
+
+
+@_op(fake=_fake_quantize_activation, verify=_verify_quantize_activation)
+def quantize_rotated(
+    x: Tensor, outlier_channels: Tensor, smoothing_scale: Tensor, activation_max: int, rotation: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`quantize_activation` where the kernel owns the rotation."""
+    return quantize_activation.compute(  # type: ignore[no-any-return]
+        x, outlier_channels, smoothing_scale, activation_max, rotation
+    )
+
+
+def _verify_int8_linear(o: Operands) -> None:
+    _verify_tensor(o, "w_int8", torch.int8, None, None)
+    reduction, columns = o.w_int8.shape if o.transpose_w else reversed(o.w_int8.shape)
+    _verify_tensor(o, "a_int8", torch.int8, None, reduction)
+    outliers = None if o.a_outlier is None else o.a_outlier.shape[1]
+    shapes = {
+        "a_scale": (None,),
+        "w_scale": (columns,),
+        "a_outlier": (None, outliers),
+        "w_outlier": (outliers, columns),
+    }
+    for name, shape in shapes.items():
+        if getattr(o, name) is not None:
+            _verify_tensor(o, name, torch.float32, *shape)
+    if o.bias is not None:
+        _verify_tensor(o, "bias", None, columns)
+    is_pair = (o.a_outlier is None) == (o.w_outlier is None)
+    _expect(is_pair, "a_outlier and w_outlier", "one of them None", "both or neither", "Pass both or neither.")
+    _verify_numbers(o, columns)
+
+
+@_op(
+    fake=lambda o: o.a_int8.new_empty(o.a_int8.shape[0], o.w_int8.shape[1 if o.transpose_w else 0], dtype=o.out_dtype),
+    verify=_verify_int8_linear,
+)
+def int8_linear(
     a_int8: Tensor,
     w_int8: Tensor,
     transpose_w: bool,
@@ -222,112 +477,17 @@ def _int8_linear(
     activation_max: int,
     rotation: int,
 ) -> Tensor:
-    return product.int8_linear(
+    """`kernels.reference.int8_linear` on the device of its operands."""
+    return kernels_of(a_int8.device).int8_linear(
         a_int8,
         w_int8,
         transpose_w=transpose_w,
-        activation_max=activation_max,
         a_scale=a_scale,
         w_scale=w_scale,
         a_outlier=a_outlier,
         w_outlier=w_outlier,
-        bias=bias,
+        bias=None if bias is None else bias.float(),
         out_dtype=out_dtype,
+        activation_max=activation_max,
         rotation=rotation,
     )
-
-
-# --- fake implementations: shapes, dtypes and devices ---------------------------------------------------------------
-
-
-def _fake_weight_only_linear(x: Tensor, w_int8: Tensor, w_scale: Tensor, bias: Tensor | None, rotation: int) -> Tensor:
-    if x.shape[-1] != w_int8.shape[1]:
-        raise ShapeError(
-            f"quaff::weight_only_linear: x has {x.shape[-1]} features, expected {w_int8.shape[1]}, the in_features of "
-            "its weight. Pass an activation that fits."
-        )
-    return x.new_empty(*x.shape[:-1], w_int8.shape[0])
-
-
-def _fake_dequantize_weight(w_int8: Tensor, *state: object) -> Tensor:
-    dtype = state[-2]
-    assert isinstance(dtype, torch.dtype)
-    return torch.empty_like(w_int8, dtype=dtype)
-
-
-def _fake_update_smoothing_scale(
-    x: Tensor, outlier_channels: Tensor, outlier_w_absmax: Tensor, smoothing_scale: Tensor, momentum: float
-) -> Tensor:
-    return torch.empty_like(smoothing_scale)
-
-
-def _fake_quantize_activation(
-    x: Tensor, outlier_channels: Tensor, smoothing_scale: Tensor, activation_max: int, rotation: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    x = tokens_of(x)
-    return (
-        torch.empty_like(x, dtype=torch.int8, memory_format=torch.contiguous_format),
-        x.new_empty(x.shape[0], dtype=torch.float32),
-        x.new_empty(x.shape[0], outlier_channels.shape[0], dtype=torch.float32),
-    )
-
-
-def _fake_linear(
-    x: Tensor,
-    x_int8: Tensor,
-    x_scale: Tensor,
-    x_outlier: Tensor,
-    w_int8: Tensor,
-    w_scale: Tensor,
-    w_outlier: Tensor,
-    bias: Tensor | None,
-    activation_max: int,
-    rotation: int,
-) -> Tensor:
-    if x.shape[-1] != w_int8.shape[1]:
-        raise ShapeError(
-            f"quaff::linear: x has {x.shape[-1]} features, expected {w_int8.shape[1]}, the in_features of its weight. "
-            "Pass an activation that fits."
-        )
-    return x.new_empty(*x.shape[:-1], w_int8.shape[0])
-
-
-def _fake_linear_grad_input(
-    grad_output: Tensor, w_int8: Tensor, w_scale: Tensor, activation_max: int, rotation: int
-) -> Tensor:
-    return grad_output.new_empty(*grad_output.shape[:-1], w_int8.shape[1])
-
-
-def _fake_int8_linear(
-    a_int8: Tensor,
-    w_int8: Tensor,
-    transpose_w: bool,
-    a_scale: Tensor | None,
-    w_scale: Tensor | None,
-    a_outlier: Tensor | None,
-    w_outlier: Tensor | None,
-    bias: Tensor | None,
-    out_dtype: torch.dtype,
-    activation_max: int,
-    rotation: int,
-) -> Tensor:
-    return a_int8.new_empty(a_int8.shape[0], w_int8.shape[1 if transpose_w else 0], dtype=out_dtype)
-
-
-for _name, _real, _fake in (
-    ("dequantize_weight", _dequantize_weight, _fake_dequantize_weight),
-    ("weight_only_linear", _weight_only_linear, _fake_weight_only_linear),
-    ("update_smoothing_scale", _update_smoothing_scale, _fake_update_smoothing_scale),
-    ("quantize_activation", _quantize_activation, _fake_quantize_activation),
-    ("quantize_rotated", _quantize_activation, _fake_quantize_activation),
-    ("linear", _linear, _fake_linear),
-    ("linear_grad_input", _linear_grad_input, _fake_linear_grad_input),
-    ("int8_linear", _int8_linear, _fake_int8_linear),
-):
-    LIBRARY.impl(_name, _real, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
-    torch.library.register_fake(f"quaff::{_name}", _fake, lib=LIBRARY)
-
-torch.library.register_autograd("quaff::linear", _linear_grad, setup_context=_save_for_linear_grad, lib=LIBRARY)
-torch.library.register_autograd(
-    "quaff::weight_only_linear", _weight_only_grad, setup_context=_save_for_weight_only_grad, lib=LIBRARY
-)

@@ -11,11 +11,11 @@ from torch import nn
 from quaff_fx.config import QuaffConfig, matches
 from quaff_fx.errors import ConfigError
 from quaff_fx.hosts import adapters_own_parameters
+from quaff_fx.kernels.dispatch import reason_unsupported
 from quaff_fx.numerics import INT32_MAX_REDUCTION
 from quaff_fx.state import LoadedWeight, QuantizedWeight, states_of
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-DEVICES = ("cpu", "cuda")
 
 
 @dataclass
@@ -144,8 +144,8 @@ def _reason_left_alone(
             return f"tied to {name}.{parameter}"
     if weight.dtype not in DTYPES:
         return f"weight is {weight.dtype}, quantized are float32, bfloat16 and float16"
-    if weight.device.type not in DEVICES and not is_loading:
-        return f"weight is on device {weight.device.type}, quantized are weights on {' and '.join(DEVICES)}"
+    if not is_loading and (reason := reason_unsupported(weight.device)):
+        return f"weight is on {reason}"
     if 0 in weight.shape or max(weight.shape) > INT32_MAX_REDUCTION:
         return f"weight has shape {site.shape}, a side is empty or too long for int32 sums"
     return ""

@@ -15,7 +15,7 @@ from torch import nn
 from tqdm import tqdm
 
 from quaff_fx import calls, convert, hosts, state
-from quaff_fx.backend import CompiledGraph, QuantizeBackend
+from quaff_fx.backend import Graph, QuantizeBackend
 from quaff_fx.config import QuaffConfig
 from quaff_fx.convert import Plan
 from quaff_fx.errors import CalibrationError, WeightError
@@ -74,7 +74,7 @@ class Stages:
 
     def _begin(self) -> None:
         """Makes what belongs to this process and to this model alone, not to a copy."""
-        self.graphs: list[CompiledGraph] = []
+        self.graphs: list[Graph] = []
         self._forwards = Forwards()
         self._notices = Notices(self.model)
         self._compiled: Callable[..., Any] | None = None

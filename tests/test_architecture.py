@@ -21,9 +21,12 @@ ORDER = (
     "numerics",
     "kernels",
     "kernels.reference",
+    "kernels.cpu.build",
+    "kernels.cpu.product",
     "kernels.cpu",
+    "kernels.cuda.product",
     "kernels.cuda",
-    "kernels.product",
+    "kernels.dispatch",
     "ops",
     "decompositions",
     "int8_weight",
@@ -34,6 +37,7 @@ ORDER = (
     "sites",
     "checkpoint",
     "merging",
+    "readable",
     "passes.infrastructure",
     "passes.matching",
     "passes.normalize",
@@ -42,7 +46,6 @@ ORDER = (
     "passes.spec",
     "passes.pipeline",
     "passes",
-    "readable",
     "backend",
     "observe",
     "convert",
@@ -59,7 +62,7 @@ ORDER = (
 """A file may import only what stands above it; the same list is in docs/architecture.md."""
 
 MAY_USE_PRIVATE_TORCH = {
-    "kernels.cpu": {"torch._inductor"},
+    "kernels.cpu.build": {"torch._inductor"},
     "decompositions": {"torch._inductor"},
     "backend": {"torch._dynamo", "torch._functorch", "torch._guards", "torch._inductor"},
     "calls": {"torch._dynamo"},
@@ -147,11 +150,32 @@ def test_a_file_imports_only_what_stands_above_it(name: str) -> None:
 
 
 def test_the_maths_knows_no_module_config_or_graph() -> None:
-    for name in ("numerics", "kernels.reference", "kernels.cpu", "kernels.cuda", "kernels.product"):
-        assert {target for target, _ in imports(name)} <= {"errors", "numerics", "kernels"} | {
-            f"kernels.{kernel}" for kernel in ("reference", "cpu", "cuda")
-        }, name
+    maths = {"numerics", *(name for name in SOURCES if name.split(".")[0] == "kernels")}
+    for name in maths:
+        assert {target for target, _ in imports(name)} <= {"errors", *maths}, name
         assert not re.search(r"\bnn\.Module\b|\btorch\.fx\b", SOURCES[name].read_text(encoding="utf-8")), name
+
+
+def test_only_dispatch_asks_for_the_kind_of_a_device() -> None:
+    """The kernels of a device check that their own operands are on it; the rest asks `kernels.dispatch`."""
+    kinds = re.compile(r"device\.type\s*(==|!=|in\b|not in\b)|\.is_(cpu|cuda|xpu|mps)\b")
+    asking = {name for name, path in SOURCES.items() if kinds.search(path.read_text(encoding="utf-8"))}
+    assert asking - {"kernels.cpu.product"} == {"kernels.dispatch"}
+
+
+def test_no_pass_indexes_operands_by_number() -> None:
+    """They have names (`matching.operands`); only `matching` looks into calls of plain functions."""
+    for name in SOURCES:
+        if not name.startswith("passes") or name == "passes.matching":
+            continue
+        for node in ast.walk(ast.parse(SOURCES[name].read_text(encoding="utf-8"))):
+            is_indexed = isinstance(node, ast.Subscript) and isinstance(node.value, ast.Attribute)
+            assert not (is_indexed and node.value.attr == "args"), f"{name}:{node.lineno}"
+            is_unpacked = isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Tuple)
+            value = node.value if isinstance(node, ast.Assign) else None
+            assert not (is_unpacked and isinstance(value, ast.Attribute) and value.attr == "args"), (
+                f"{name}:{node.lineno}"
+            )
 
 
 def test_private_modules_of_torch_are_used_only_where_it_is_allowed() -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import quaff_fx
 from quaff_fx import backend
 from quaff_fx.errors import QuaffWarning
-from quaff_fx.kernels import cpu, product
+from quaff_fx.kernels import cpu, dispatch
 from tests.models import Run, cosine, tiny_llama, token_ids
 
 CONFIG = {"calibration_steps": 1, "progress": False}
@@ -114,7 +114,7 @@ def test_without_inductor_the_steps_are_the_same_but_for_rounding(
     for is_compiled in (True, False):
         if not is_compiled:
             monkeypatch.setattr(cpu, "obstacle", lambda: cpu.Obstacle("a test", "None."))
-        product.warn_of.cache_clear()
+        dispatch.warn_of.cache_clear()
         model = tiny_llama()
         quaff_fx.compile(model, {**CONFIG, "smoothing": smoothing})
         quaff_fx.calibrate(model, [{"input_ids": ids}])
@@ -190,11 +190,9 @@ def test_unrolled_loops_are_told_of_and_bounded(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_few_uses_of_one_weight_are_no_loop() -> None:
-    graph = backend.CompiledGraph("", "", tuple(quantized("w") for _ in range(3)), None, ())  # type: ignore[arg-type]
-    assert backend.loop_length(graph) == 0
-    graph.changes = (*graph.changes, quantized("w"), *(quantized(f"w{i}") for i in range(9)))
-    assert backend.loop_length(graph) == 4
+    def graph(*sites: str) -> backend.Graph:
+        changes = tuple(backend.Change(site, "quantized") for site in sites)
+        return backend.Graph((backend.Stage("a pass", "", changes),), None, ())  # type: ignore[arg-type]
 
-
-def quantized(site: str) -> Any:
-    return backend.Change(site, "quantized")
+    assert backend.loop_length(graph("w", "w", "w")) == 0
+    assert backend.loop_length(graph("w", "w", "w", "w", *(f"w{i}" for i in range(9)))) == 4

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
 from torch._inductor import decomposition as inductor
@@ -82,9 +84,11 @@ def test_a_rotated_activation_is_one_op_on_a_cpu_and_pointwise_aten_on_cuda():
 def test_the_cache_salt_changes_with_the_sources(monkeypatch, tmp_path):
     salt = decompositions.cache_salt()
     assert salt == decompositions.cache_salt()
-    changed = tmp_path / "numerics.py"
-    changed.write_text("# changed")
-    monkeypatch.setattr(decompositions.numerics, "__file__", str(changed))
+    copied = shutil.copytree(decompositions.SOURCES, tmp_path / "copy", ignore=shutil.ignore_patterns("passes"))
+    monkeypatch.setattr(decompositions, "SOURCES", copied)
+    assert decompositions.cache_salt() == salt
+    with (copied / "kernels" / "cpu" / "int8_tile.h").open("a") as header:
+        header.write("// changed")
     assert decompositions.cache_salt() != salt
 
 

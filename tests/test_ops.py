@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from quaff_fx import numerics, ops
 from quaff_fx.errors import ShapeError
-from quaff_fx.kernels import product
+from quaff_fx.kernels import cpu, dispatch
 from tests.data import dequantized_rows, integers, normal, planted_outliers, quaff_output
 
 Q = torch.ops.quaff
@@ -26,9 +26,9 @@ def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPat
     """Both ways that a CPU can take; without a compiler only the second is left."""
     name: str = request.param
     if name == "plain torch":
-        monkeypatch.setattr(product, "reason_no_kernel", lambda: "a test")
-    elif product.reason_no_kernel() is not None:
-        pytest.skip(f"no compiled kernel: {product.reason_no_kernel()}")
+        monkeypatch.setattr(ops, "kernels_of", lambda _: dispatch._REFERENCE)
+    elif (reason := cpu.reason_unavailable()) is not None:
+        pytest.skip(f"no compiled kernel: {reason}")
     return name
 
 
@@ -155,7 +155,7 @@ def test_a_weight_only_linear_refuses_an_x_that_does_not_fit() -> None:
 
 def test_every_op_is_checked_above() -> None:
     """A new op must be added to the checks, then to this list."""
-    assert set(ops._SCHEMAS) == {
+    assert {op.compute.__name__ for op in ops.OPS.values()} == {
         *("dequantize_weight", "weight_only_linear", "update_smoothing_scale"),
         *("quantize_activation", "quantize_rotated", "linear", "linear_grad_input", "int8_linear"),
     }

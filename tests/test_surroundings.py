@@ -214,7 +214,7 @@ getpass.getuser = getuser
 @pytest.mark.slow
 def test_an_unknown_variant_of_the_kernel_is_refused_with_the_names() -> None:
     ran = python(
-        "import quaff_fx\nfrom quaff_fx.kernels import product\nprint(product.activation_max('auto', "
+        "import quaff_fx\nfrom quaff_fx.kernels import dispatch\nprint(dispatch.activation_max('auto', "
         "__import__('torch').device('cpu')))",
         {"QUAFF_FX_CPU_VARIANT": "avx"},
     )
@@ -303,7 +303,7 @@ def test_a_wheel_holds_each_module_once_and_can_be_imported(tmp_path: Path) -> N
     installed = tmp_path / "installed"
     with zipfile.ZipFile(wheel) as archive:
         names = [name for name in archive.namelist() if name.endswith(".py")]
-        assert {"quaff_fx/py.typed", "quaff_fx/kernels/int8_gemm.cpp"} <= set(archive.namelist())
+        assert {"quaff_fx/py.typed", "quaff_fx/kernels/cpu/int8_gemm.cpp"} <= set(archive.namelist())
         archive.extractall(installed)
     modules = sorted(name.removesuffix(".py").removesuffix("/__init__").replace("/", ".") for name in names)
     assert modules == sorted(["quaff_fx", *expected_modules()])

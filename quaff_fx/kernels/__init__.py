@@ -1,1 +1,1 @@
-"""The int8 products and row quantizers, by device; `product` chooses."""
+"""The int8 product and the row quantizer by device: `dispatch` chooses, `reference` is the contract."""

@@ -682,7 +682,7 @@ def test_arm_build_is_exact(tmp_path: Path, flags: list[str], name: str) -> None
     strict = ["-Wall", "-Wextra", "-Werror", "-Wno-maybe-uninitialized", "-Wno-uninitialized"]
     subprocess.run(
         [compiler, "-std=c++17", "-O2", "-fopenmp", "-static", *strict, *flags, "-x", "c++", "-", "-o", program],
-        input=cpu.source() + EMULATED_CHECK,
+        input=cpu.build.source() + EMULATED_CHECK,
         text=True,
         check=True,
     )

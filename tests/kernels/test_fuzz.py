@@ -21,8 +21,8 @@ import ctypes, sys
 import torch
 from quaff_fx.kernels import cpu
 library, variant, cases = sys.argv[1:]
-kernel = cpu.with_signatures(ctypes.CDLL(library))
-cpu._library = lambda _: kernel
+kernel = cpu.build.with_signatures(ctypes.CDLL(library))
+cpu.product.library = lambda _: kernel
 from tests.kernels import fuzz
 counts = fuzz.run(int(cases), seed=1, variants=(variant,))
 print(counts.cases, "cases", counts.wrong, "wrong", counts.examples)
@@ -36,7 +36,7 @@ def test_random_calls_are_right() -> None:
 
 
 def test_a_wrong_kernel_is_counted_as_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
-    multiply, quantize = cpu.int8_linear, cpu._quantize_rows
+    multiply, quantize = cpu.int8_linear, cpu.product._quantize_rows
     monkeypatch.setattr(cpu, "int8_linear", lambda *args, **options: multiply(*args, **options) * 1.001 + 1)
     monkeypatch.setattr(cpu, "_quantize_rows", lambda *args: [-part for part in quantize(*args)])
     counts = fuzz.run(cases=40, seed=7)
@@ -67,7 +67,7 @@ def test_sanitizers_find_nothing_in_random_calls(tmp_path: Path, variant: str) -
     ]
     subprocess.run(
         [compiler, *flags, "-x", "c++", "-", "-o", str(library)],
-        input=cpu.source(),
+        input=cpu.build.source(),
         text=True,
         check=True,
         timeout=600,

@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from quaff_fx import numerics
 from quaff_fx.errors import ShapeError
-from quaff_fx.kernels import cpu, product, reference
+from quaff_fx.kernels import cpu, reference
 
 TOKENS, N, K, OUTLIERS = 9, 70, 96, 3
 CHANNELS = torch.tensor([5, 0, 95])
@@ -47,15 +47,12 @@ def everything() -> list[Tensor]:
     """The results of every function on numbers that a step, a conversion or a loading calls."""
     weight, one = X[:, :64].contiguous(), SMOOTHING[[2]].expand(K)
     accumulator = reference.int8_matmul(OPERANDS["a_int8"], OPERANDS["w_int8"], False)
-    epilogue = [OPERANDS[name] for name in EPILOGUE]
     return [
         linear(),
-        linear(product.int8_linear),
+        linear(reference.int8_linear),
+        linear(reference.int8_linear, out_dtype=torch.float16, rotation=2),
         accumulator,
-        product.dequantized(accumulator, *epilogue, torch.float32),
-        product.dequantized(accumulator, *epilogue, torch.float32, 2),
         *activation(),
-        *product.quantize_activation(X, CHANNELS, SMOOTHING, 127, 32),
         *numerics.quantize_activation(X, CHANNELS, SMOOTHING, 127, 32),
         *numerics.quantize_activation(X, CHANNELS[:0], SMOOTHING[:0], 127, 1),
         *cpu.quantize_gradient(X, one, 127),

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-import warnings
-from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -12,8 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from quaff_fx.errors import QuaffWarning
-from quaff_fx.kernels import cpu, cuda, product, reference
+from quaff_fx.kernels import cuda, reference
 from quaff_fx.numerics import INT32_MAX_REDUCTION
 from tests.data import integers, normal
 
@@ -117,6 +115,13 @@ def test_cuda_product_traces_with_meta_tensors(transpose_w: bool) -> None:
 # --- epilogue ----------------------------------------------------------------------------------------------------
 
 
+def epilogue(accumulator: torch.Tensor, **operands: Any) -> torch.Tensor:
+    """What the contract makes of the integers that some device has added up."""
+    nothing = torch.empty(0, dtype=torch.int8)
+    product = {"transpose_w": False, "activation_max": 127, "int8_matmul": lambda *_: accumulator}
+    return reference.int8_linear(nothing, nothing, **product, **operands)
+
+
 @pytest.mark.parametrize("out_dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("missing", ["nothing", "a_scale", "w_scale", "outlier", "bias", "all"])
 def test_dequantized_is_the_formula_in_float64(missing: str, out_dtype: torch.dtype) -> None:
@@ -134,14 +139,14 @@ def test_dequantized_is_the_formula_in_float64(missing: str, out_dtype: torch.dt
         expected, size = expected + correction, size + a_outlier.double().abs() @ w_outlier.double().abs()
     if missing not in ("bias", "all"):
         expected, size = expected + bias.double(), size + bias.double().abs()
-    result = product.dequantized(
+    result = epilogue(
         accumulator,
-        None if missing in ("a_scale", "all") else a_scale,
-        None if missing in ("w_scale", "all") else w_scale,
-        None if missing in ("outlier", "all") else a_outlier,
-        None if missing in ("outlier", "all") else w_outlier,
-        None if missing in ("bias", "all") else bias,
-        out_dtype,
+        a_scale=None if missing in ("a_scale", "all") else a_scale,
+        w_scale=None if missing in ("w_scale", "all") else w_scale,
+        a_outlier=None if missing in ("outlier", "all") else a_outlier,
+        w_outlier=None if missing in ("outlier", "all") else w_outlier,
+        bias=None if missing in ("bias", "all") else bias,
+        out_dtype=out_dtype,
     )
     half_ulp = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}[out_dtype]
     assert result.dtype == out_dtype
@@ -152,56 +157,11 @@ def test_dequantized_is_the_formula_in_float64(missing: str, out_dtype: torch.dt
 
 def test_dequantized_int32_is_the_accumulator_itself() -> None:
     accumulator = torch.tensor([[2**31 - 1, -(2**31)]], dtype=torch.int32)
-    assert product.dequantized(accumulator, None, None, None, None, None, torch.int32) is accumulator
+    assert epilogue(accumulator) is accumulator
 
 
 def test_dequantized_keeps_a_nan_scale_in_its_row() -> None:
-    result = product.dequantized(
-        torch.zeros(2, 3, dtype=torch.int32), torch.tensor([math.nan, 1.0]), None, None, None, None, torch.float32
-    )
+    a_scale = torch.tensor([math.nan, 1.0])
+    result = epilogue(torch.zeros(2, 3, dtype=torch.int32), a_scale=a_scale, out_dtype=torch.float32)
     assert result[0].isnan().all()
     assert torch.equal(result[1], torch.zeros(3))
-
-
-# --- choice ------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def no_kernel(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    found = cpu.Obstacle("no compiler here", "Install one.")
-    monkeypatch.setattr(cpu, "obstacle_to_kernel", lambda *_: found)
-    for function in (product.reason_no_kernel, product.warn_of):
-        function.cache_clear()
-    yield
-    for function in (product.reason_no_kernel, product.warn_of):
-        function.cache_clear()
-
-
-@pytest.mark.usefixtures("no_kernel")
-def test_without_a_kernel_the_reference_computes_and_one_warning_says_why() -> None:
-    a, w = integers(3, 8, seed=0), integers(5, 8, seed=1)
-    with pytest.warns(QuaffWarning, match=r"^compilation: no compiler here, expected .*\. Install one\.$"):
-        result = product.int8_linear(a, w, transpose_w=False, activation_max=127)
-    assert torch.equal(result.long(), exact(a, w, False))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        product.int8_linear(a, w, transpose_w=False, activation_max=127)
-    assert product.describe(torch.device("cpu")) == "plain torch (exact, slow)"
-
-
-@pytest.mark.parametrize(
-    ("bits", "device", "instructions", "expected"),
-    [
-        (8, "cpu", "avx2", 127),
-        (7, "cuda", "avx2", 63),
-        ("auto", "cpu", "avx2", 63),
-        ("auto", "cpu", "avx512_vnni", 127),
-        ("auto", "cpu", "generic", 127),
-        ("auto", "cuda", "avx2", 127),
-    ],
-)
-def test_activation_max_is_63_only_where_asked_or_where_8_bits_are_slow(
-    bits: str | int, device: str, instructions: str, expected: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(cpu, "instruction_set", lambda *_: instructions)
-    assert product.activation_max(bits, torch.device(device)) == expected

@@ -6,14 +6,14 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from quaff_fx.passes import pipeline
-from quaff_fx.passes.fold import MAX_RANK, FoldLowRankProducts
-from quaff_fx.passes.infrastructure import PassResult
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from quaff_fx.passes import pipeline
+from quaff_fx.passes.fold import MAX_RANK, FoldLowRankProducts
+from quaff_fx.passes.infrastructure import PassResult
 from tests.passes.tracing import nodes, text
 
 INT8_LINEAR = torch.ops.quaff.int8_linear.default
@@ -67,6 +67,9 @@ def adapted(v: dict[str, Tensor]) -> Tensor:
     """An adapted linear as AOTAutograd lowers it."""
     product = torch.ops.aten.view(torch.mm(v["h"], v["b"]), [1, T, N])
     return torch.ops.aten.view(int8_linear(v), [1, T, N]) + product * 2.0
+
+
+SHARED = "a low-rank product is added to it where it is scaled, or read by something else as well"
 
 
 def assert_same(before: GraphModule, after: GraphModule, given: dict[str, Tensor]) -> None:
@@ -142,18 +145,33 @@ def test_bfloat16_adapters_are_added_up_in_float32() -> None:
 
 
 @pytest.mark.parametrize(
+    ("reason", "program"),
+    [
+        (
+            "a product that something else reads as well is added to it",
+            lambda v: (lambda z: (int8_linear(v) + z, z.sum()))(torch.mm(v["h"], v["b"])),
+        ),
+        (SHARED, lambda v: (lambda y: (y + torch.mm(v["h"], v["b"]), y))(int8_linear(v))),
+        (SHARED, lambda v: int8_linear(v) * 3.0 + torch.mm(v["h"], v["b"])),
+    ],
+    ids=["also read by something else", "int8 product read twice", "int8 product scaled"],
+)
+def test_it_says_what_it_leaves_alone(reason: str, program: Callable[[dict[str, Tensor]], object]) -> None:
+    before, result = folded(program, values())
+    assert [str(change) for change in result.changes] == [f"int8_linear: left alone ({reason})"]
+    assert text(result.graph_module) == text(before)
+
+
+@pytest.mark.parametrize(
     ("name", "program"),
     [
-        ("also read by something else", lambda v: (lambda z: (int8_linear(v) + z, z.sum()))(torch.mm(v["h"], v["b"]))),
-        ("int8 product read twice", lambda v: (lambda y: (y + torch.mm(v["h"], v["b"]), y))(int8_linear(v))),
-        ("int8 product scaled", lambda v: int8_linear(v) * 3.0 + torch.mm(v["h"], v["b"])),
         ("broadcast", lambda v: int8_linear(v) + torch.mm(v["h"][:1], v["b"])),
         ("rows not kept whole", lambda v: int8_linear(v).view(N, T) + torch.mm(v["h"], v["b"]).view(N, T)),
         ("scaled by a tensor", lambda v: int8_linear(v) + torch.mm(v["h"], v["b"]) * v["w_scale"]),
         ("no int8 product", lambda v: torch.mm(v["x_o"], v["w_o"]) + torch.mm(v["h"], v["b"])),
     ],
 )
-def test_it_leaves_alone(name: str, program: Callable[[dict[str, Tensor]], object]) -> None:
+def test_what_is_no_low_rank_addend_is_no_change(name: str, program: Callable[[dict[str, Tensor]], object]) -> None:
     before, result = folded(program, values())
     assert not result.changes
     assert text(result.graph_module) == text(before)
@@ -164,4 +182,8 @@ def test_it_leaves_a_high_rank_alone() -> None:
         return int8_linear(v) + torch.mm(v["h"], v["b"])
 
     assert folded(program, values(rank=MAX_RANK))[1].changes
-    assert not folded(program, values(rank=MAX_RANK + 1))[1].changes
+    (declined,) = folded(program, values(rank=MAX_RANK + 1))[1].changes
+    assert (declined.action, declined.reason) == (
+        "left alone",
+        "a product of rank 65 is added to it, folded are those of at most 64",
+    )

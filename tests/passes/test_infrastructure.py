@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from quaff_fx.passes import Change, PassResult, pipeline, run_passes
-from quaff_fx.passes.infrastructure import subgraphs
 from torch import nn
 from torch.fx import Graph, GraphModule
 
 from quaff_fx import passes
 from quaff_fx.errors import PassError, QuaffError
+from quaff_fx.passes import Change, PassResult, pipeline, run_passes
+from quaff_fx.passes.infrastructure import subgraphs
 from tests.passes.tracing import QUANTIZED, changes_of, nodes, quantized, text, trace
 
 checkpoint = torch.ops.higher_order.tag_activation_checkpoint

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from quaff_fx.passes import matching
 from torch.fx import Graph, Node
 from torch.nn import functional as F  # noqa: N812
 from torch.overrides import TorchFunctionMode
 
+from quaff_fx.passes import matching
 from tests.passes.tracing import QUANTIZED, quantized, trace, trace_use
 
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from quaff_fx.passes import NormalizeProducts
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
+from quaff_fx.passes import NormalizeProducts
 from tests.passes.tracing import MARKER, changes_of, nodes, quantized_values, text, trace, trace_use
 
 aten = torch.ops.aten

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from quaff_fx.passes import QuantizeLinears, pipeline
 from torch import Tensor
 from torch.fx import GraphModule
 from torch.nn import functional as F  # noqa: N812
@@ -14,6 +13,7 @@ from torch.nn import functional as F  # noqa: N812
 from quaff_fx import ops
 from quaff_fx.errors import PassError
 from quaff_fx.numerics import sqnr_db
+from quaff_fx.passes import QuantizeLinears, pipeline
 from tests.passes.tracing import changes_of, nodes, quantized, quantized_values, text, trace, trace_use
 
 QUANTIZE = torch.ops.quaff.quantize_activation.default

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from quaff_fx.passes import pipeline, spec
 from torch import nn
 from torch.fx import Graph, GraphModule, symbolic_trace
 from torch.nn import functional as F  # noqa: N812
 
 from quaff_fx.errors import PassError
+from quaff_fx.passes import pipeline, spec
 from tests.passes.tracing import quantized, trace
 
 quaff = torch.ops.quaff

@@ -1,0 +1,200 @@
+"""Builds the C++ files beside this one into a library, and says what keeps them from being built.
+
+The library is compiled at first use (about 4 s) and kept in Inductor's cache. Torch's private
+`torch._inductor.codecache.CppCodeCache` does both; read in torch 2.13. What keeps it from doing so keeps Inductor from
+compiling as well, so `obstacle` speaks for both.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import re
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+from quaff_fx.errors import ConfigError
+
+VARIANTS: dict[str, tuple[str, ...]] = {
+    "native": (),
+    "avx_vnni": ("-march=haswell", "-mavxvnni", "-DQUAFF_ISA_AVX_VNNI"),
+    "avx2": ("-march=haswell", "-DQUAFF_ISA_AVX2"),
+    "generic": ("-DQUAFF_ISA_GENERIC",),
+}
+"""Compiler flags of the variants that can be forced, for tests and benchmarks; "native" takes the best there is."""
+
+DEFAULT_VARIANT = os.environ.get("QUAFF_FX_CPU_VARIANT", "native")
+
+
+class Obstacle(NamedTuple):
+    """Why something cannot be compiled here, and the way out, both in words."""
+
+    reason: str
+    way_out: str
+
+
+_NEEDED_CPU_FLAGS = {"avx_vnni": {"avx2", "fma", "f16c", "avx_vnni"}, "avx2": {"avx2", "fma", "f16c"}}
+
+
+def instruction_set(variant: str = DEFAULT_VARIANT) -> str:
+    """Returns "avx512_vnni", "avx_vnni", "avx2", "neon_dotprod" or "generic"; "none" where nothing can be built."""
+    if reason_unavailable(variant) is not None:
+        return "none"
+    name: bytes = library(variant).quaff_instruction_set()
+    return name.decode()
+
+
+def check_variant(variant: str = DEFAULT_VARIANT) -> None:
+    """Raises a ConfigError unless `variant`, which the environment may have named, is a key of `VARIANTS`."""
+    if variant not in VARIANTS:
+        raise ConfigError(
+            f"QUAFF_FX_CPU_VARIANT: is {variant!r}, expected one of {', '.join(VARIANTS)}. Unset it, or choose one."
+        )
+
+
+def reason_unavailable(variant: str = DEFAULT_VARIANT) -> str | None:
+    """Returns why the library cannot be used, in words, or None if it can. Compiles it at the first call."""
+    found = obstacle_to_kernel(variant)
+    return None if found is None else found.reason
+
+
+@functools.cache
+def obstacle_to_kernel(variant: str = DEFAULT_VARIANT) -> Obstacle | None:
+    """Returns what keeps the library from being used, or None. Compiles it at the first call.
+
+    Raises:
+        ConfigError: there is no such variant.
+    """
+    check_variant(variant)
+    missing = _NEEDED_CPU_FLAGS.get(variant, set()) - _cpu_flags()
+    if missing:
+        return Obstacle(f"this CPU lacks {', '.join(sorted(missing))}", "Choose another QUAFF_FX_CPU_VARIANT.")
+    found = obstacle()
+    if found is not None:
+        return found
+    try:
+        library(variant)
+    except Exception as error:  # no OpenMP, a compiler that is too old, a full disk, ...: all mean the same here
+        return obstacle_of(error) or _broken_compiler(error)
+    return None
+
+
+def obstacle() -> Obstacle | None:
+    """Returns what keeps C++ from being compiled and kept here, as far as it can be told beforehand, or None."""
+    from torch._inductor import cpp_builder
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    try:
+        cpp_builder.get_cpp_compiler()
+    except Exception:
+        return _no_compiler()
+    try:
+        with tempfile.TemporaryFile(dir=cache_dir()) as file:
+            file.write(bytes(4096))
+    except OSError as error:
+        return obstacle_of(error)
+    return None
+
+
+def obstacle_of(error: BaseException) -> Obstacle | None:
+    """Returns what an error in compiling says about this machine; None if it says something about the code."""
+    from torch._inductor import exc
+
+    error = getattr(error, "inner_exception", error)  # Inductor wraps what it meets
+    if isinstance(error, exc.InvalidCxxCompiler):
+        return _no_compiler()
+    if isinstance(error, exc.CppCompileError):
+        return _broken_compiler(error)
+    if isinstance(error, OSError) and error.errno is None:  # of the loader: no library there, or none that may be run
+        return Obstacle(
+            f"compiled code cannot be loaded ({error}; CXX is {os.environ.get('CXX', 'not set')!r})",
+            "Set CXX to the path of a C++ compiler (gcc is none, and PEFT's BOFT sets it where it finds no CUDA), "
+            "TORCHINDUCTOR_CACHE_DIR to a folder from which code may be run.",
+        )
+    if isinstance(error, OSError):
+        folder = os.environ.get("TORCHINDUCTOR_CACHE_DIR", "the folder for temporary files")
+        return Obstacle(
+            f"compiled code cannot be kept in {folder} ({error.strerror or error})",
+            "Make room there, or set TORCHINDUCTOR_CACHE_DIR to a folder that can be written.",
+        )
+    return None
+
+
+def _no_compiler() -> Obstacle:
+    return Obstacle(
+        f"no C++ compiler runs here (CXX is {os.environ.get('CXX', 'not set')!r})",
+        "Install g++, or set CXX to the path of a compiler, without arguments.",
+    )
+
+
+def _broken_compiler(error: BaseException) -> Obstacle:
+    lines = [line for line in str(error).splitlines() if "error: " in line] or str(error).splitlines()
+    return Obstacle(
+        f"C++ cannot be compiled here ({type(error).__name__}: {lines[0] if lines else 'no message'})",
+        "Update the C++ compiler, or set CXX to the path of another one.",
+    )
+
+
+def source() -> str:
+    """Returns the C++ files joined into one, each local header in place of its first ``#include``."""
+    return _with_headers("int8_gemm.cpp", set())
+
+
+def _with_headers(name: str, seen: set[str]) -> str:
+    seen.add(name)
+    lines = []
+    for line in (Path(__file__).parent / name).read_text(encoding="utf-8").splitlines():
+        header = re.fullmatch(r'#include "(\w+\.h)"', line)
+        if header is None:
+            lines.append(line if line != "#pragma once" else "")
+        elif header[1] not in seen:
+            lines.append(_with_headers(header[1], seen))
+    return "\n".join(lines) + "\n"
+
+
+@functools.cache
+def library(variant: str) -> ctypes.CDLL:
+    """Returns the library of a variant, compiled at the first call."""
+    check_variant(variant)
+    from torch._inductor.codecache import CppCodeCache
+
+    # Inductor's cache key holds "-march=native" but not what that means; a cache folder shared between machines would
+    # hand one machine's code to another.
+    processor = hashlib.sha256(" ".join(sorted(_cpu_flags())).encode()).hexdigest()
+    # The warnings are gcc bug 105593, in its own AVX512 headers.
+    flags = (*VARIANTS[variant], "-ffp-contract=fast", "-Wno-uninitialized", "-Wno-maybe-uninitialized")
+    code = f"// CPU features: {processor}\n{source()}"
+    return with_signatures(CppCodeCache.load(code, extra_flags=flags, needs_vec_isa=False))
+
+
+def with_signatures(library: ctypes.CDLL) -> ctypes.CDLL:
+    """Returns a library made from `source`, told what its functions take."""
+    library.quaff_instruction_set.restype = ctypes.c_char_p
+    pointer, size, integer = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+    library.quaff_int8_linear.argtypes = (
+        *(pointer, pointer, size, size, size, integer, integer),  # a, w, sizes, transpose_w, activation_max
+        *(pointer, pointer, pointer, pointer, size, pointer),  # scales, outlier operands, outliers, bias
+        *(pointer, integer, integer, integer),  # out, out_kind, rotation, threads
+    )
+    library.quaff_quantize_rows.argtypes = (
+        *(pointer, integer, size, size, size),  # x, x_kind, tokens, width, row_stride
+        *(pointer, pointer, pointer, size),  # column_scale, channels, smoothing, outliers
+        *(integer, integer),  # activation_max, rotation
+        *(pointer, pointer, pointer, integer),  # x_int8, x_scale, x_outlier, threads
+    )
+    return library
+
+
+@functools.cache
+def _cpu_flags() -> frozenset[str]:
+    """The features the kernel reports for this CPU; elsewhere than on Linux just its name."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return frozenset([platform.machine(), platform.processor()])
+    lines = re.findall(r"^(?:flags|Features)\s*:(.*)$", text, flags=re.MULTILINE)
+    return frozenset([platform.machine(), *(lines[0].split() if lines else [])])

@@ -1,0 +1,100 @@
+"""Which functions compute on a device: the one place that asks for the kind of a device."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from quaff_fx.errors import QuaffWarning
+from quaff_fx.kernels import cpu, cuda, reference
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """What computes on a device; `reference` gives the contract of each function.
+
+    Attributes:
+        name: in a few words, for reports.
+        int8_linear: the product with its epilogue. quantize_activation: the row quantizer.
+        owns_epilogue: the product stays one op in a lowered graph. Otherwise it is taken apart there: the bare product,
+            and around it plain torch that Inductor fuses.
+        owns_rotation: so does the quantizer of a rotated activation.
+        activation_max: Q where the config leaves it open: 127, or 63 where 8 bits are slow.
+    """
+
+    name: str
+    int8_linear: Callable[..., Tensor]
+    quantize_activation: Callable[[Tensor, Tensor, Tensor, int, int], tuple[Tensor, Tensor, Tensor]]
+    owns_epilogue: bool
+    owns_rotation: bool
+    activation_max: int = 127
+
+
+_REFERENCE = Kernels(
+    "plain torch (exact, slow)",
+    reference.int8_linear,
+    reference.quantize_activation,
+    owns_epilogue=False,
+    owns_rotation=False,
+)
+_CUDA = Kernels(
+    "torch._int_mm",
+    functools.partial(reference.int8_linear, int8_matmul=cuda.int8_matmul),
+    reference.quantize_activation,
+    owns_epilogue=False,
+    owns_rotation=False,
+)
+
+_SUPPORTED = ("cpu", "cuda")
+
+
+@functools.cache
+def kernels_of(device: torch.device) -> Kernels:
+    """Returns the kernels of a device; warns if those of a CPU cannot be compiled here, and plain torch takes over."""
+    if device.type == "cuda":
+        return _CUDA
+    if device.type != "cpu":
+        return _REFERENCE
+    found = cpu.obstacle_to_kernel()
+    if found is not None:
+        warn_of(found)
+        return _REFERENCE
+    instructions = cpu.instruction_set()
+    return Kernels(
+        f"own kernel, {instructions}",
+        cpu.int8_linear,
+        cpu.quantize_activation,
+        owns_epilogue=True,
+        owns_rotation=True,
+        activation_max=63 if instructions == "avx2" else 127,
+    )
+
+
+def reason_unsupported(device: torch.device) -> str:
+    """Why weights on a device are left alone; empty if they are not."""
+    if device.type in _SUPPORTED:
+        return ""
+    return f"device {device.type}, quantized are weights on {' and '.join(_SUPPORTED)}"
+
+
+@functools.cache
+def warn_of(obstacle: cpu.Obstacle) -> None:
+    """Warns, once for each obstacle: one keeps both the kernel and Inductor from compiling."""
+    warnings.warn(
+        f"compilation: {obstacle.reason}, expected code compiled for this machine. The model runs without it: right, "
+        f"in int8, but slower than in float32. {obstacle.way_out}",
+        QuaffWarning,
+        stacklevel=3,
+    )
+
+
+def activation_max(bits: str | int, device: torch.device) -> int:
+    """Returns Q for `QuaffConfig.activation_bits` on a device: 127, or 63 where only 7 bits are fast and exact."""
+    if bits == "auto":
+        return kernels_of(device).activation_max
+    return 63 if bits == 7 else 127

@@ -1,0 +1,77 @@
+"""Which functions compute on a device."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from quaff_fx.errors import QuaffWarning
+from quaff_fx.kernels import cpu, cuda, dispatch, reference
+from tests.data import integers
+
+
+@pytest.fixture(autouse=True)
+def asked_anew() -> Iterator[None]:
+    for function in (dispatch.kernels_of, dispatch.warn_of):
+        function.cache_clear()
+    yield
+    for function in (dispatch.kernels_of, dispatch.warn_of):
+        function.cache_clear()
+
+
+def test_without_a_kernel_the_reference_computes_and_one_warning_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "obstacle_to_kernel", lambda *_: cpu.Obstacle("no compiler here", "Install one."))
+    device = torch.device("cpu")
+    with pytest.warns(QuaffWarning, match=r"^compilation: no compiler here, expected .*\. Install one\.$"):
+        kernels = dispatch.kernels_of(device)
+    a, w = integers(3, 8, seed=0), integers(5, 8, seed=1)
+    result = kernels.int8_linear(a, w, transpose_w=False, activation_max=127)
+    assert torch.equal(result.double(), a.double() @ w.double().t())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert dispatch.kernels_of(device).name == "plain torch (exact, slow)"
+    assert not kernels.owns_epilogue
+
+
+def test_a_cpu_has_its_own_kernel() -> None:
+    if (reason := cpu.reason_unavailable()) is not None:
+        pytest.skip(f"no compiled kernel: {reason}")
+    kernels = dispatch.kernels_of(torch.device("cpu"))
+    assert (kernels.int8_linear, kernels.quantize_activation) == (cpu.int8_linear, cpu.quantize_activation)
+    assert kernels.owns_epilogue
+    assert kernels.owns_rotation
+    assert kernels.name == f"own kernel, {cpu.instruction_set()}"
+
+
+def test_cuda_multiplies_with_its_own_product_and_leaves_the_epilogue_to_inductor() -> None:
+    kernels = dispatch.kernels_of(torch.device("cuda", 1))
+    assert kernels.int8_linear.keywords == {"int8_matmul": cuda.int8_matmul}  # type: ignore[attr-defined]
+    assert not kernels.owns_epilogue
+    assert not kernels.owns_rotation
+
+
+def test_any_other_device_takes_the_contract_itself() -> None:
+    kernels = dispatch.kernels_of(torch.device("meta"))
+    assert kernels.int8_linear is reference.int8_linear
+
+
+@pytest.mark.parametrize(
+    ("bits", "device", "instructions", "expected"),
+    [
+        (8, "cpu", "avx2", 127),
+        (7, "cuda", "avx2", 63),
+        ("auto", "cpu", "avx2", 63),
+        ("auto", "cpu", "avx512_vnni", 127),
+        ("auto", "cpu", "generic", 127),
+        ("auto", "cuda", "avx2", 127),
+    ],
+)
+def test_activation_max_is_63_only_where_asked_or_where_8_bits_are_slow(
+    bits: str | int, device: str, instructions: str, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cpu, "instruction_set", lambda *_: instructions)
+    monkeypatch.setattr(cpu, "obstacle_to_kernel", lambda *_: None)
+    assert dispatch.activation_max(bits, torch.device(device)) == expected
