@@ -1,8 +1,8 @@
 """The custom ops `quaff::*`: what a rewritten graph is made of.
 
 A marker stands where a frozen weight is read; the other ops are what passes put in their place. Each op is declared
-once (`_op`): its function, whose signature is its schema, and with it the check of its operands, what fake tensors give,
-what Inductor sees in its place, and where it is differentiable its gradient.
+once (`_op`): its function, whose signature is its schema, with the check of its operands, what fake tensors give, what
+Inductor sees in its place, and where it is differentiable its gradient.
 """
 
 from __future__ import annotations
