@@ -140,13 +140,12 @@ def quantizer_rows(variants: list[str], k: int, tokens: int) -> list[list[object
     rows = []
     for dtype in (torch.float32, torch.bfloat16):
         x = torch.randn(tokens, k).to(dtype)
-        channels, smoothing, w_scale = torch.randperm(k)[: k // 100], torch.ones(k // 100) * 2, torch.rand(k)
+        channels, smoothing = torch.randperm(k)[: k // 100], torch.ones(k // 100) * 2
         calls: dict[str, Callable[[], object]] = {"copy": x.clone}
         for variant in variants:
             calls[f"activation, {variant}"] = functools.partial(
                 cpu.quantize_activation, x, channels, smoothing, 127, variant=variant
             )
-            calls[f"gradient, {variant}"] = functools.partial(cpu.quantize_gradient, x, w_scale, 127, variant=variant)
         for name, seconds in medians(calls).items():
             read = x.numel() * x.element_size()
             rows.append([f"{tokens}x{k}", str(dtype).removeprefix("torch."), name, seconds * 1e3, read / seconds / 1e9])

@@ -240,12 +240,6 @@ def outlier_count(in_features: int, budget: float) -> int:
     return min(in_features, max(1, allowed)) if budget > 0 else 0
 
 
-def sqnr_db(reference: Tensor, approximation: Tensor) -> float:
-    """Returns the signal to quantization noise ratio in dB: 20 log10(‖reference‖ / ‖reference - approximation‖)."""
-    reference, approximation = reference.double(), approximation.double()
-    return float(20 * torch.log10(reference.norm() / (reference - approximation).norm()))
-
-
 def _normal_or_zero(scale: Tensor) -> Tensor:
     """The scale, and 0 where it is subnormal; NaN stays."""
     return torch.where(scale < SMALLEST_SCALE, 0.0, scale)

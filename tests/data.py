@@ -58,3 +58,9 @@ def quaff_error_bound(
     weight_part = x_hat.abs().sum(dim=1, keepdim=True) * w_scale.double() / 2
     float32_part = 1e-6 * x.double().abs() @ dequantized_rows(w_int8, w_scale).abs().t()
     return 1.001 * (activation_part + weight_part) + float32_part + 1e-30
+
+
+def sqnr_db(reference: Tensor, approximation: Tensor) -> float:
+    """Returns the signal to quantization noise ratio in dB: 20 log10(‖reference‖ / ‖reference - approximation‖)."""
+    reference, approximation = reference.double(), approximation.double()
+    return float(20 * torch.log10(reference.detach().norm() / (reference - approximation).detach().norm()))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from quaff_fx import numerics
 from quaff_fx.errors import ShapeError
-from tests.data import dequantized_rows, normal, planted_outliers, quaff_error_bound, quaff_output
+from tests.data import dequantized_rows, normal, planted_outliers, quaff_error_bound, quaff_output, sqnr_db
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 FLOAT32_SLACK = 127 * 2.0**-21
@@ -336,7 +336,7 @@ def test_quaff_beats_plain_int8_on_planted_outliers(limit: int, is_split: bool) 
     parts = numerics.quantize_activation(x, channels, s, limit, 1)
     quaff = quaff_output(*parts, w_int8, w_scale, weight[:, channels].t())
 
-    margin = numerics.sqnr_db(exact, quaff) - numerics.sqnr_db(exact, plain)
+    margin = sqnr_db(exact, quaff) - sqnr_db(exact, plain)
     assert margin > 20, margin
 
 
@@ -438,8 +438,8 @@ def test_outlier_count_rounds_down_to_at_least_one(in_features: int, budget: flo
 
 def test_sqnr_in_decibel() -> None:
     reference = torch.tensor([3.0, 4.0])
-    assert numerics.sqnr_db(reference, reference + torch.tensor([0.3, 0.4])) == pytest.approx(20.0, abs=1e-4)
-    assert numerics.sqnr_db(reference, reference) == math.inf
+    assert sqnr_db(reference, reference + torch.tensor([0.3, 0.4])) == pytest.approx(20.0, abs=1e-4)
+    assert sqnr_db(reference, reference) == math.inf
 
 
 class TestRotation:
@@ -486,6 +486,6 @@ class TestRotation:
 
         def error(rotation: int) -> float:
             x_int8, x_scale, _ = numerics.quantize_activation(x, none, torch.empty(0), 127, rotation)
-            return numerics.sqnr_db(x, numerics.dequantize_rows(x_int8, x_scale, rotation))
+            return sqnr_db(x, numerics.dequantize_rows(x_int8, x_scale, rotation))
 
         assert error(64) > error(1) + 10

@@ -389,19 +389,19 @@ def test_quantized_activation_equals_the_formula(
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     tokens=st.integers(0, 40),
-    n=st.integers(1, 200),
+    k=st.integers(1, 200),
     activation_max=st.sampled_from([63, 127]),
     exponent=st.integers(-44, 37),
 )
-def test_quantized_gradient_equals_the_formula_at_every_size(
-    variant: str, tokens: int, n: int, activation_max: int, exponent: int
+def test_quantized_activation_equals_the_formula_at_every_size(
+    variant: str, tokens: int, k: int, activation_max: int, exponent: int
 ) -> None:
     # Down to subnormal rows, whose scale is itself rounded to a few bits, and up to the largest floats.
-    g = torch.randn(tokens, n).clamp(-3, 3) * 10.0**exponent
-    w_scale = torch.rand(n)
+    x = torch.randn(tokens, k).clamp(-3, 3) * 10.0**exponent
+    nothing = (torch.zeros(0, dtype=torch.int64), torch.zeros(0))
     assert_equal_bits(
-        cpu.quantize_gradient(g, w_scale, activation_max, variant=variant),
-        numerics.quantize_gradient(g, w_scale, activation_max),
+        cpu.quantize_activation(x, *nothing, activation_max, 1, variant=variant),
+        numerics.quantize_activation(x, *nothing, activation_max, 1),
     )
 
 
@@ -441,7 +441,6 @@ def test_a_subnormal_scale_is_a_scale_of_zero_in_the_kernel_and_compiled(
     assert not wanted[1][subnormal].any()
     assert not wanted[0][subnormal].any()
     assert int(wanted[0].abs().max()) <= activation_max
-    assert_equal_bits(cpu.quantize_gradient(g, scales, activation_max, variant=variant), wanted)
     assert_equal_bits(inductor["gradient"](g, scales, activation_max), wanted)
     w = torch.ones(66, 7, dtype=torch.int8)
     y = cpu.int8_linear(
@@ -605,11 +604,6 @@ def test_a_rotation_that_does_not_divide_the_features_raises(rotation: int) -> N
         cpu.int8_linear(a, w, transpose_w=True, activation_max=127, out_dtype=torch.float32, rotation=rotation)
 
 
-def test_gradient_that_does_not_fit_raises() -> None:
-    with pytest.raises(ShapeError, match=re.escape("w_scale: has shape (5,), expected (6)")):
-        cpu.quantize_gradient(torch.zeros(4, 6), torch.ones(5), 127)
-
-
 # --- other processors ----------------------------------------------------------------------------------------------
 
 EMULATED_CHECK = r"""
@@ -642,7 +636,7 @@ int main() {
       std::vector<float> x(tokens * reduction), scale(tokens);
       std::vector<int8_t> x_int8(tokens * reduction);
       for (auto& value : x) value = next(state, 1000000) * 1e-3f;
-      if (quaff_quantize_rows(x.data(), quaff::kFloat32, tokens, reduction, reduction, nullptr, nullptr, nullptr, 0,
+      if (quaff_quantize_rows(x.data(), quaff::kFloat32, tokens, reduction, reduction, nullptr, nullptr, 0,
                               limit, 1, x_int8.data(), scale.data(), nullptr, 2)) wrong++;
       for (int i = 0; i < tokens * reduction; i++) {
         const float* const row = x.data() + i / reduction * reduction;

@@ -55,7 +55,6 @@ def everything() -> list[Tensor]:
         *activation(),
         *numerics.quantize_activation(X, CHANNELS, SMOOTHING, 127, 32),
         *numerics.quantize_activation(X, CHANNELS[:0], SMOOTHING[:0], 127, 1),
-        *cpu.quantize_gradient(X, one, 127),
         *numerics.quantize_gradient(X, one, 127),
         *numerics.quantize_rows(X[:, :0], 127),
         *numerics.quantize_weight(weight, 8),
@@ -227,8 +226,6 @@ def test_an_activation_without_memory_is_refused(kind: str) -> None:
         "x": lambda: activation(lost(X)),
         "outlier_channels": lambda: activation(channels=lost(CHANNELS)),
         "smoothing_scale": lambda: activation(smoothing=lost(SMOOTHING)),
-        "column_scale": lambda: cpu.quantize_gradient(X, lost(torch.ones(K)), 127),
-        "g": lambda: cpu.quantize_gradient(lost(X), torch.ones(K), 127),
     }.items():
         with pytest.raises(ShapeError, match=rf"^{name}: is a \w+ of shape .* bytes of memory, expected at least"):
             call()

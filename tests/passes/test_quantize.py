@@ -12,8 +12,8 @@ from torch.nn import functional as F  # noqa: N812
 
 from quaff_fx import ops
 from quaff_fx.errors import PassError
-from quaff_fx.numerics import sqnr_db
 from quaff_fx.passes import QuantizeLinears, pipeline
+from tests.data import sqnr_db
 from tests.passes.tracing import changes_of, nodes, quantized, quantized_values, text, trace, trace_use
 
 QUANTIZE = torch.ops.quaff.quantize_activation.default

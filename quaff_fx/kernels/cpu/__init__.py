@@ -11,7 +11,7 @@ from quaff_fx.kernels.cpu.build import (
     obstacle_to_kernel,
     reason_unavailable,
 )
-from quaff_fx.kernels.cpu.product import int8_linear, quantize_activation, quantize_gradient
+from quaff_fx.kernels.cpu.product import int8_linear, quantize_activation
 
 __all__ = [
     "DEFAULT_VARIANT",
@@ -24,6 +24,5 @@ __all__ = [
     "obstacle_of",
     "obstacle_to_kernel",
     "quantize_activation",
-    "quantize_gradient",
     "reason_unavailable",
 ]

@@ -182,7 +182,7 @@ def with_signatures(library: ctypes.CDLL) -> ctypes.CDLL:
     )
     library.quaff_quantize_rows.argtypes = (
         *(pointer, integer, size, size, size),  # x, x_kind, tokens, width, row_stride
-        *(pointer, pointer, pointer, size),  # column_scale, channels, smoothing, outliers
+        *(pointer, pointer, size),  # channels, smoothing, outliers
         *(integer, integer),  # activation_max, rotation
         *(pointer, pointer, pointer, integer),  # x_int8, x_scale, x_outlier, threads
     )

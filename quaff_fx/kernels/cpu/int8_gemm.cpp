@@ -360,15 +360,13 @@ int quaff_int8_linear(const int8_t* a, const int8_t* w, int64_t tokens, int64_t 
   return multiply(a, product, weights, activation_max, threads);
 }
 
-// x: `tokens` rows of x_kind, row_stride values apart; column_scale (width,) or null; channels, smoothing (outliers,);
-// rotation 1 or a power of two that divides width.
+// x: `tokens` rows of x_kind, row_stride values apart; channels, smoothing (outliers,); rotation 1 or a power of
+// two that divides width.
 // x_int8 (tokens, width), x_scale (tokens,), x_outlier (tokens, outliers).
 int quaff_quantize_rows(const void* x, int x_kind, int64_t tokens, int64_t width, int64_t row_stride,
-                        const float* column_scale, const int64_t* channels, const float* smoothing, int64_t outliers,
-                        int activation_max, int rotation, int8_t* x_int8, float* x_scale, float* x_outlier,
-                        int threads) {
-  const quaff::Rows rows = {x,        x_kind,    width,    row_stride,     column_scale,
-                            channels, smoothing, outliers, activation_max, rotation};
+                        const int64_t* channels, const float* smoothing, int64_t outliers, int activation_max,
+                        int rotation, int8_t* x_int8, float* x_scale, float* x_outlier, int threads) {
+  const quaff::Rows rows = {x, x_kind, width, row_stride, channels, smoothing, outliers, activation_max, rotation};
   return quaff::quantize_all(rows, tokens, x_int8, x_scale, x_outlier, threads);
 }
 

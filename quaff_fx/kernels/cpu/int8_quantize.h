@@ -11,9 +11,8 @@ struct Rows {
   const void* x;
   int kind;
   int64_t width, row_stride;
-  const float* column_scale;  // (width,), null: 1. Every column is multiplied by it first.
-  const int64_t* channels;    // (outliers,) columns that are divided by smoothing
-  const float* smoothing;     // (outliers,)
+  const int64_t* channels;  // (outliers,) columns that are divided by smoothing
+  const float* smoothing;   // (outliers,)
   int64_t outliers;
   int limit;     // largest absolute value of the result
   int rotation;  // block of rotate_row, 1 for none
@@ -62,14 +61,8 @@ static void quantize_row(const Rows& rows, int64_t token, float* row, int8_t* x_
   const int64_t padded = (width + 4 * kLanes - 1) / (4 * kLanes) * (4 * kLanes);
   const int size = rows.kind == kFloat32 ? 4 : 2;
   const void* const x = static_cast<const char*>(rows.x) + token * rows.row_stride * size;
-  for (int64_t i = 0; i < whole; i += kLanes) {
-    vfloat value = load_kind(x, rows.kind, i);
-    if (rows.column_scale) value *= load<vfloat>(rows.column_scale + i);
-    store(row + i, value);
-  }
-  for (int64_t i = whole; i < padded; i++) {
-    row[i] = i < width ? load_one(x, rows.kind, i) * (rows.column_scale ? rows.column_scale[i] : 1.0f) : 0.0f;
-  }
+  for (int64_t i = 0; i < whole; i += kLanes) store(row + i, load_kind(x, rows.kind, i));
+  for (int64_t i = whole; i < padded; i++) row[i] = i < width ? load_one(x, rows.kind, i) : 0.0f;
   for (int64_t o = 0; o < rows.outliers; o++) {
     const float value = load_one(x, rows.kind, rows.channels[o]);
     const float inverse = 1.0f / rows.smoothing[o];  // 0 for a channel that leaves the int8 product (s infinite)

@@ -149,61 +149,26 @@ def quantize_activation(
     """
     channels = _checked("outlier_channels", outlier_channels, torch.int64, (None,))
     smoothing = _checked("smoothing_scale", smoothing_scale, torch.float32, tuple(channels.shape))
-    return _quantize_rows("x", x, None, channels, smoothing, activation_max, rotation, variant)
-
-
-def quantize_gradient(
-    g: Tensor, w_scale: Tensor, activation_max: int, *, variant: str = DEFAULT_VARIANT
-) -> tuple[Tensor, Tensor]:
-    """Returns ``g ⊙ w_scale`` in int8 with a scale per token; zero and non-finite rows as in `quantize_activation`.
-
-    Args:
-        g: (T, N) float32, bfloat16 or float16, rows at any distance from each other. w_scale: (N,) float32.
-        activation_max: Q, 127 or 63.
-        variant: a key of `VARIANTS`.
-
-    Returns:
-        g_int8 (T, N) int8 in ±Q; g_scale (T,) float32.
-
-    Raises:
-        ShapeError: a shape, dtype or device does not fit.
-        RuntimeError: the library cannot be built (`reason_unavailable`), or no memory is left.
-    """
-    w_scale = _checked("w_scale", w_scale, torch.float32, (g.shape[-1] if g.ndim else None,))
-    return _quantize_rows("g", g, w_scale, None, None, activation_max, 1, variant)[:2]
-
-
-def _quantize_rows(
-    name: str,
-    x: Tensor,
-    column_scale: Tensor | None,
-    channels: Tensor | None,
-    smoothing: Tensor | None,
-    activation_max: int,
-    rotation: int,
-    variant: str,
-) -> tuple[Tensor, Tensor, Tensor]:
     if x.dtype not in _KINDS or x.dtype == torch.int32:
-        raise ShapeError(f"{name}: is {x.dtype}, expected float32, bfloat16 or float16. Convert it first.")
+        raise ShapeError(f"x: is {x.dtype}, expected float32, bfloat16 or float16. Convert it first.")
     if not (x.ndim == 2 and x.is_cpu and x.layout == torch.strided):
-        raise _misfit(name, x, x.dtype, (None, None))
+        raise _misfit("x", x, x.dtype, (None, None))
     _check_activation_max(activation_max)
     tokens, width = x.shape
     _check_rotation(rotation, width)
     x = x.resolve_neg()
     if x.stride(1) != 1:
         x = x.contiguous()
-    outliers = 0 if channels is None else channels.shape[0]
+    outliers = channels.shape[0]
     x_int8 = torch.empty(tokens, width, dtype=torch.int8, device="cpu")
     x_scale = torch.empty(tokens, dtype=torch.float32, device="cpu")
     x_outlier = torch.empty(tokens, outliers, dtype=torch.float32, device="cpu")
     status = library(variant).quaff_quantize_rows(
-        _address(name, x),
+        _address("x", x),
         _KINDS[x.dtype],
         tokens,
         width,
         x.stride(0),
-        _address("column_scale", column_scale),
         _address("outlier_channels", channels),
         _address("smoothing_scale", smoothing),
         outliers,
@@ -216,7 +181,7 @@ def _quantize_rows(
     )
     if status == _BAD_CHANNEL:
         raise ShapeError(
-            f"outlier_channels: has an index outside the {width} columns of {name}, expected 0 to {width - 1}. "
+            f"outlier_channels: has an index outside the {width} columns of x, expected 0 to {width - 1}. "
             "Pass channels of this activation."
         )
     _raise_for(status)
