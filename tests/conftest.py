@@ -36,19 +36,24 @@ def pytest_terminal_summary(terminalreporter, exitstatus, config):
         terminalreporter.write_line(compatibility.write(collector, exitstatus))
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol():
+    """Takes back what a test and its fixtures change in the environment.
+
+    PEFT's BOFT leaves CXX=gcc behind where it finds no CUDA; later tests would compile C++ with it.
+    """
+    before = dict(os.environ)
+    try:
+        return (yield)
+    finally:
+        for name in os.environ.keys() - before.keys():
+            del os.environ[name]
+        os.environ.update(before)
+
+
 @pytest.fixture(autouse=True)
 def fixed_seed():
     torch.manual_seed(0)
-
-
-@pytest.fixture(autouse=True)
-def same_environment():
-    """PEFT's BOFT leaves CXX=gcc behind where it finds no CUDA; later tests would compile C++ with it."""
-    before = dict(os.environ)
-    yield
-    for name in os.environ.keys() - before.keys():
-        del os.environ[name]
-    os.environ.update(before)
 
 
 @pytest.fixture(scope="session")
