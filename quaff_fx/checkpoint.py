@@ -21,6 +21,7 @@ from tqdm import tqdm
 from quaff_fx import numerics, state
 from quaff_fx.config import QuaffConfig
 from quaff_fx.errors import CheckpointError, ConfigError
+from quaff_fx.layout import swapped_shape
 from quaff_fx.sites import Site, choose_blocks, find_sites
 from quaff_fx.state import LoadedWeight
 from quaff_fx.stored_tensor import StoredTensor, stored_tensors
@@ -205,7 +206,7 @@ def _load_int8(site: Site, stored: StoredTensor, dtype: torch.dtype | None, conf
     dtype = dtype or stored.dtype
     if not dtype.is_floating_point:
         return False
-    shape = (stored.shape[1 - in_dim], stored.shape[in_dim])
+    shape = swapped_shape(stored.shape, in_dim)
     rotation = numerics.rotation_block(shape[1], config.largest_rotation)
     w_int8 = torch.empty(shape, dtype=torch.int8, device="cpu")
     w_scale = torch.empty(shape[0], dtype=torch.float32, device="cpu")
