@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from quaff_fx import numerics, state
+from quaff_fx import distributed, numerics, state
 from quaff_fx.config import QuaffConfig
 from quaff_fx.errors import CalibrationError, QuaffWarning
 from quaff_fx.kernels import product
@@ -134,12 +134,8 @@ def _reason_not_read(site: Site, seen: Statistics) -> str:
 
 def check_whole(sites: Sequence[Site]) -> None:
     """Raises `CalibrationError` if a weight is sharded before its conversion: one rank cannot see its columns."""
-    if not torch.distributed.is_available():
-        return
-    from torch.distributed.tensor import DTensor
-
     for site in sites:
-        if isinstance(site.weight.tensors[0], DTensor):
+        if distributed.is_sharded(site.weight.tensors[0]):
             raise CalibrationError(
                 f"{site.weight_name}: is sharded while it is observed, expected a whole weight. Call "
                 "quaff_fx.calibrate(model, batches) before fully_shard; converted weights can be sharded."
@@ -197,18 +193,15 @@ def _outlier_state(
 
 def _summed_over_ranks(seen: dict[str, Statistics]) -> dict[str, Statistics]:
     """Returns the statistics of all ranks together; those of each stay as they are."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return seen
-    summed = {}
-    for name, statistics in seen.items():
-        hits, absmax_sum = statistics.hits.clone(), statistics.absmax_sum.clone()
-        in_dim = torch.tensor(statistics.in_dim, dtype=torch.int64, device=hits.device)
-        for tensor in (hits, absmax_sum):
-            torch.distributed.all_reduce(tensor)
-        torch.distributed.all_reduce(in_dim, op=torch.distributed.ReduceOp.MAX)
-        steps = statistics.steps * torch.distributed.get_world_size()
-        summed[name] = Statistics(hits, absmax_sum, int(in_dim), steps)
-    return summed
+    return {
+        name: Statistics(
+            distributed.summed(statistics.hits),
+            distributed.summed(statistics.absmax_sum),
+            distributed.largest(statistics.in_dim, statistics.hits.device),
+            statistics.steps * distributed.processes(),
+        )
+        for name, statistics in seen.items()
+    }
 
 
 def _return_freed_memory() -> None:

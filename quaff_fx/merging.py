@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from quaff_fx import checkpoint, state
+from quaff_fx import checkpoint, distributed, state
 from quaff_fx.checkpoint import PathLike
 from quaff_fx.errors import CheckpointError, WeightError
 from quaff_fx.stored_tensor import StoredTensor, stored_tensors
@@ -188,7 +188,7 @@ def _check_adapters(parts: list[_Part], adapter_names: list[str] | None) -> None
                 f"{part.name}: its adapter is merged already, expected a separate one. Call unmerge_adapter() first."
             )
     for part in parts:
-        if any(_is_sharded(tensor) for tensor in (part.layer or part.base).parameters()):
+        if any(distributed.is_sharded(tensor) for tensor in (part.layer or part.base).parameters()):
             raise WeightError(
                 f"{part.name}: is sharded, expected whole weights. Save the adapter, load it on a model that is not "
                 "sharded, and merge there."
@@ -203,14 +203,6 @@ def _check_adapters(parts: list[_Part], adapter_names: list[str] | None) -> None
         raise WeightError(
             "model: has no adapter and no weight that was trained, expected some. Nothing is to be merged."
         )
-
-
-def _is_sharded(tensor: Tensor) -> bool:
-    if not torch.distributed.is_available():
-        return False
-    from torch.distributed.tensor import DTensor
-
-    return isinstance(tensor, DTensor)
 
 
 def _owners(base: nn.Module, parts: list[_Part], stored: dict[str, StoredTensor], source: Path) -> dict[str, _Part]:

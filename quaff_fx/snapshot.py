@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quaff_fx import convert
+from quaff_fx import convert, distributed
 from quaff_fx.api import stages_of
 from quaff_fx.checkpoint import PathLike
 from quaff_fx.config import QuaffConfig
@@ -121,8 +121,7 @@ def _taken_from(model: nn.Module) -> SavedState:
 
 
 def _check_one_process() -> None:
-    is_distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    if is_distributed and (processes := torch.distributed.get_world_size()) > 1:
+    if (processes := distributed.processes()) > 1:
         raise CheckpointError(
             f"model: is still observed, by {processes} processes of which each has statistics of its own, expected a "
             "converted model. Save after the calibration, or call quaff_fx.calibrate before training."
@@ -155,8 +154,7 @@ def _checksum(weight: Weight) -> int:
     """CRC-32 of a float weight, or of an int8 weight and its scales."""
     crc = 0
     for tensor in weight.tensors:
-        whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # FSDP2 shards int8 weights
-        crc = zlib.crc32(whole.detach().cpu().contiguous().view(torch.uint8).numpy().data, crc)
+        crc = zlib.crc32(distributed.whole(tensor).detach().cpu().contiguous().view(torch.uint8).numpy().data, crc)
     return crc
 
 

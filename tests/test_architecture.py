@@ -27,6 +27,7 @@ ORDER = (
     "ops",
     "decompositions",
     "layout",
+    "distributed",
     "int8_weight",
     "state",
     "stored_tensor",
@@ -153,6 +154,12 @@ def test_the_maths_knows_no_module_config_or_graph() -> None:
             f"kernels.{kernel}" for kernel in ("reference", "cpu", "cuda")
         }, name
         assert not re.search(r"\bnn\.Module\b|\btorch\.fx\b", SOURCES[name].read_text(encoding="utf-8")), name
+
+
+@pytest.mark.parametrize("name", ["state", "observe", "convert", "stages"])
+def test_the_runtime_knows_no_file(name: str) -> None:
+    assert {target for target, _ in imports(name)} & {"stored_tensor", "saved_state", "checkpoint", "merging"} == set()
+    assert "safetensors" not in SOURCES[name].read_text(encoding="utf-8")
 
 
 def test_private_modules_of_torch_are_used_only_where_it_is_allowed() -> None:
