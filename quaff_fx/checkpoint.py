@@ -6,7 +6,6 @@ import difflib
 import json
 import os
 import re
-import sys
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -21,6 +20,7 @@ from tqdm import tqdm
 from quaff_fx import numerics, state
 from quaff_fx.config import QuaffConfig
 from quaff_fx.errors import CheckpointError, ConfigError
+from quaff_fx.hosts import is_conv1d
 from quaff_fx.layout import swapped_shape
 from quaff_fx.sites import Site, choose_blocks, find_sites
 from quaff_fx.state import LoadedWeight
@@ -225,9 +225,8 @@ def _load_int8(site: Site, stored: StoredTensor, dtype: torch.dtype | None, conf
 
 def _in_dim(site: Site) -> int | None:
     """The dimension that products with a weight reduce over; None unless linears of one layout are all that owns it."""
-    conv1d = getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", ())
     layouts = {
-        None if name != "weight" else 1 if isinstance(module, nn.Linear) else 0 if isinstance(module, conv1d) else None
+        None if name != "weight" else 1 if isinstance(module, nn.Linear) else 0 if is_conv1d(module) else None
         for module, name in site.places
     }
     return layouts.pop() if len(layouts) == 1 else None

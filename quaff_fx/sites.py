@@ -10,7 +10,7 @@ from torch import nn
 
 from quaff_fx.config import QuaffConfig, matches
 from quaff_fx.errors import ConfigError
-from quaff_fx.hosts import adapters_own_parameters
+from quaff_fx.hosts import adapters_own_parameters, model_name
 from quaff_fx.numerics import INT32_MAX_REDUCTION
 from quaff_fx.state import FloatWeight, LoadedWeight, QuantizedWeight, Weight, quantized_in, weight_of, weights_in
 
@@ -81,7 +81,7 @@ def find_sites(model: nn.Module, config: QuaffConfig, *, is_loading: bool = Fals
     for name, module in model.named_modules():
         for parameter, weight in weights_in(module).items():
             places[id(weight)].append((module, parameter))
-            names[id(weight)].append(_model_name(name))
+            names[id(weight)].append(model_name(name))
 
     sites, site_names = [], []
     for key, owners in places.items():
@@ -103,12 +103,6 @@ def find_sites(model: nn.Module, config: QuaffConfig, *, is_loading: bool = Fals
 
 
 _TABLES = (nn.Embedding, nn.EmbeddingBag)
-
-
-def _model_name(name: str) -> str:
-    """The name that a module had before PEFT wrapped it: what people write in a pattern."""
-    parts = [part for part in name.removeprefix("base_model.model.").split(".") if part != "base_layer"]
-    return ".".join(parts)
 
 
 def check_loaded(sites: list[Site]) -> None:
