@@ -14,7 +14,6 @@ from quaff_fx.config import QuaffConfig
 from quaff_fx.errors import CalibrationError, ConfigError
 from quaff_fx.sites import check_loaded, choose_blocks, find_sites
 from quaff_fx.stages import ATTRIBUTE, Stages
-from quaff_fx.state import LoadedWeight
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -44,8 +43,7 @@ def compile(model: Model, config: QuaffConfig | Mapping[str, Any] | None = None)
     if not isinstance(config, QuaffConfig):
         raise ConfigError(f"config: is a {type(config).__name__}, expected a QuaffConfig, a mapping or None. Pass one.")
     for name, module in model.named_modules():
-        int8 = state.states_of(module).values()
-        if ATTRIBUTE in module.__dict__ or not all(isinstance(weight, LoadedWeight) for weight in int8):
+        if ATTRIBUTE in module.__dict__ or state.quantized_in(module):
             raise ConfigError(
                 f"{name or 'model'}: was already compiled by quaff_fx, expected a plain model. Use it as it is (an "
                 "adapter can be added to it), or call quaff_fx.dequantize(model) first."

@@ -6,7 +6,6 @@ import difflib
 import json
 import os
 import re
-import sys
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -21,6 +20,8 @@ from tqdm import tqdm
 from quaff_fx import numerics, state
 from quaff_fx.config import QuaffConfig
 from quaff_fx.errors import CheckpointError, ConfigError
+from quaff_fx.hosts import is_conv1d
+from quaff_fx.layout import swapped_shape
 from quaff_fx.sites import Site, choose_blocks, find_sites
 from quaff_fx.state import LoadedWeight
 from quaff_fx.stored_tensor import StoredTensor, stored_tensors
@@ -205,7 +206,7 @@ def _load_int8(site: Site, stored: StoredTensor, dtype: torch.dtype | None, conf
     dtype = dtype or stored.dtype
     if not dtype.is_floating_point:
         return False
-    shape = (stored.shape[1 - in_dim], stored.shape[in_dim])
+    shape = swapped_shape(stored.shape, in_dim)
     rotation = numerics.rotation_block(shape[1], config.largest_rotation)
     w_int8 = torch.empty(shape, dtype=torch.int8, device="cpu")
     w_scale = torch.empty(shape[0], dtype=torch.float32, device="cpu")
@@ -224,9 +225,8 @@ def _load_int8(site: Site, stored: StoredTensor, dtype: torch.dtype | None, conf
 
 def _in_dim(site: Site) -> int | None:
     """The dimension that products with a weight reduce over; None unless linears of one layout are all that owns it."""
-    conv1d = getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", ())
     layouts = {
-        None if name != "weight" else 1 if isinstance(module, nn.Linear) else 0 if isinstance(module, conv1d) else None
+        None if name != "weight" else 1 if isinstance(module, nn.Linear) else 0 if is_conv1d(module) else None
         for module, name in site.places
     }
     return layouts.pop() if len(layouts) == 1 else None

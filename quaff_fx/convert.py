@@ -16,28 +16,14 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from quaff_fx import numerics, state
+from quaff_fx import distributed, numerics, state
 from quaff_fx.config import QuaffConfig
 from quaff_fx.errors import CalibrationError, QuaffWarning
 from quaff_fx.kernels import dispatch
-from quaff_fx.observe import Seen, Statistics, loaded_weight, site_tensor
-from quaff_fx.ops import IN_DIM_CONFLICT, IN_DIM_UNSEEN, STATIC_MOMENTUM
+from quaff_fx.observe import Seen, Statistics
+from quaff_fx.ops import IN_DIM_UNSEEN, STATIC_MOMENTUM
 from quaff_fx.sites import Site
 from quaff_fx.state import OutlierState, QuantizedWeight
-
-
-def float_weight(site: Site) -> nn.Parameter:
-    """Returns the weight of an observed site that was not loaded as int8."""
-    weight = site.module._parameters[site.parameter]
-    assert weight is not None
-    return weight
-
-
-def quantized(site: Site) -> QuantizedWeight:
-    """Returns the weight of a site that is quantized."""
-    weight = state.states_of(site.module)[site.parameter]
-    assert isinstance(weight, QuantizedWeight)
-    return weight
 
 
 @dataclass(frozen=True)
@@ -91,9 +77,8 @@ def choose(sites: Sequence[Site], statistics: Mapping[str, Statistics], config: 
         CheckpointError: the file of a weight that was loaded as int8 has changed or vanished.
     """
     sites = [site for site in sites if not site.reason]
-    for int8 in map(loaded_weight, sites):
-        if int8 is not None:
-            int8.source.check_unchanged()
+    for site in sites:
+        site.observed.check_source()
     seen = {site.weight_name: statistics.get(site.weight_name) or Statistics.none(site) for site in sites}
     seen = _summed_over_ranks(seen)
     reasons = {site.weight_name: _reason_not_read(site, seen[site.weight_name]) for site in sites}
@@ -121,57 +106,36 @@ def apply(plan: Plan, *, progress: bool) -> None:
         site = choice.site
         weight = None
         for module, parameter in site.places:  # all of them share one
-            states = state.states_of(module)
-            if isinstance(states.get(parameter), QuantizedWeight):
-                weight = states[parameter]
+            if (done := state.quantized_in(module).get(parameter)) is not None:
+                weight = done
                 continue
             if weight is None:
-                if loaded_weight(site) is None:
-                    held.append((site.weight_name, weakref.ref(float_weight(site))))
+                if not site.weight.is_int8:
+                    held.append((site.weight_name, weakref.ref(site.weight.tensors[0])))
                 weight = converted(choice, plan.columns.get(site.weight_name))
-            state.attach(module, states | {parameter: weight})
+            state.attach(module, state.states_of(module) | {parameter: weight})
     _warn_of_held_weights(held)
     _return_freed_memory()
 
 
 def converted(choice: Choice, columns: Tensor | None = None) -> QuantizedWeight:
     """Returns what the weight of a site becomes; `columns` are those of one that was loaded as int8."""
-    if (int8 := loaded_weight(choice.site)) is None:
-        weight = float_weight(choice.site)
-        return QuantizedWeight(weight, choice.in_dim, choice.outliers, choice.activation_max, choice.rotation)
-    assert columns is not None
-    return QuantizedWeight.of_loaded(int8, columns, choice.outliers, choice.activation_max)
-
-
-def reason_not_observable(site: Site) -> str:
-    """Why a site that was observed so far cannot be any more: it is to be trained, or is another module's now."""
-    if loaded_weight(site) is not None:
-        return ""
-    weight = site.module._parameters.get(site.parameter)
-    if weight is None:
-        return "weight was replaced while it was observed"
-    return "weight is trainable" if weight.requires_grad else ""
+    numbers = (choice.activation_max, choice.rotation)
+    return choice.site.observed.quantized(choice.in_dim, choice.outliers, *numbers, columns)
 
 
 def _reason_not_read(site: Site, seen: Statistics) -> str:
     if seen.in_dim == IN_DIM_UNSEEN:
         return "no linear reads it"
-    int8 = loaded_weight(site)
-    if seen.in_dim == IN_DIM_CONFLICT or (int8 is not None and seen.in_dim != int8.in_dim):
+    if seen.in_dim not in site.observed.in_dims:
         return "not only linears over one dimension read it"
-    if int8 is not None:
-        return ""
-    return "" if bool(torch.isfinite(float_weight(site)).all()) else "weight has non-finite values"
+    return "" if site.observed.is_finite() else "weight has non-finite values"
 
 
 def check_whole(sites: Sequence[Site]) -> None:
     """Raises `CalibrationError` if a weight is sharded before its conversion: one rank cannot see its columns."""
-    if not torch.distributed.is_available():
-        return
-    from torch.distributed.tensor import DTensor
-
     for site in sites:
-        if isinstance(site_tensor(site), DTensor):
+        if distributed.is_sharded(site.weight.tensors[0]):
             raise CalibrationError(
                 f"{site.weight_name}: is sharded while it is observed, expected a whole weight. Call "
                 "quaff_fx.calibrate(model, batches) before fully_shard; converted weights can be sharded."
@@ -209,19 +173,17 @@ def _outlier_state(
     weights (v_proj) too little smoothing, the minimum would give the others too much.
     """
     first = seen[group[0].weight_name]
-    size, device = group[0].shape[first.in_dim], site_tensor(group[0]).device
+    size, device = group[0].shape[first.in_dim], group[0].weight.device
     absmax = (first.absmax_sum[:size] / max(first.steps, 1)).to(device)
     budget = max(config.budget_of(site.name) for site in group)
     count = numerics.outlier_count(size, budget)
     channels = numerics.stable_outlier_channels(first.hits[:size].to(device), absmax, count)
     absmaxes = []
     for site in group:
-        if (int8 := loaded_weight(site)) is not None:
-            columns[site.weight_name] = int8.columns(channels)
-            absmaxes.append(columns[site.weight_name].abs().amax(dim=0).float())
-            continue
-        weight, in_dim = float_weight(site), seen[site.weight_name].in_dim
-        absmaxes.append(weight.detach().index_select(in_dim, channels).abs().amax(dim=1 - in_dim).float())
+        w_outlier = site.observed.columns(channels, seen[site.weight_name].in_dim)
+        if site.weight.is_int8:
+            columns[site.weight_name] = w_outlier
+        absmaxes.append(w_outlier.abs().amax(dim=0).float())
     w_absmax = torch.stack(absmaxes).log().mean(dim=0).exp()
     if config.smoothing == "split":
         return OutlierState(channels, w_absmax, torch.full_like(w_absmax, torch.inf), STATIC_MOMENTUM)
@@ -231,18 +193,15 @@ def _outlier_state(
 
 def _summed_over_ranks(seen: dict[str, Statistics]) -> dict[str, Statistics]:
     """Returns the statistics of all ranks together; those of each stay as they are."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return seen
-    summed = {}
-    for name, statistics in seen.items():
-        hits, absmax_sum = statistics.hits.clone(), statistics.absmax_sum.clone()
-        in_dim = torch.tensor(statistics.in_dim, dtype=torch.int64, device=hits.device)
-        for tensor in (hits, absmax_sum):
-            torch.distributed.all_reduce(tensor)
-        torch.distributed.all_reduce(in_dim, op=torch.distributed.ReduceOp.MAX)
-        steps = statistics.steps * torch.distributed.get_world_size()
-        summed[name] = Statistics(hits, absmax_sum, int(in_dim), steps)
-    return summed
+    return {
+        name: Statistics(
+            distributed.summed(statistics.hits),
+            distributed.summed(statistics.absmax_sum),
+            distributed.largest(statistics.in_dim, statistics.hits.device),
+            statistics.steps * distributed.processes(),
+        )
+        for name, statistics in seen.items()
+    }
 
 
 def _return_freed_memory() -> None:

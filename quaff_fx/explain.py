@@ -14,7 +14,7 @@ from quaff_fx.api import stages_of
 from quaff_fx.kernels.dispatch import kernels_of
 from quaff_fx.sites import Site
 from quaff_fx.stages import Stages
-from quaff_fx.state import LoadedWeight, QuantizedWeight
+from quaff_fx.state import FloatWeight
 
 SHOWN_CHANNELS = 4
 
@@ -162,21 +162,15 @@ def explain(model: nn.Module) -> Explanation:
 
 
 def _row(site: Site, stages: Stages, tokens: int) -> Row:
-    weight = stages.weight_state(site)
+    weight = site.weight
+    form = weight.form(is_observed=stages.stage == "observe" and not site.reason)
     before = math.prod(site.shape) * site.dtype.itemsize
-    stage, bits, after = "float", None, before
-    channels: tuple[int, ...] = ()
-    if isinstance(weight, QuantizedWeight):
-        stage, bits, after = "int8", 8 if weight.activation_max == 127 else 7, weight.weight_bytes()
-        channels = tuple(weight.outliers.outlier_channels.tolist())
-    elif isinstance(weight, LoadedWeight):
-        stage, after = "int8 weight" if site.reason else "observed (int8)", weight.weight_bytes()
-    elif stages.stage == "observe" and not site.reason:
-        stage = "observed"
+    after = before if isinstance(weight, FloatWeight) else weight.weight_bytes()
     flops = math.prod(site.shape) * tokens
     if len(site.shape) == 2 and stages.calibration.multiply_adds:
         flops = stages.calibration.multiply_adds.get(site.weight_name, 0)
-    return Row(site.name, site.weight_name, site.shape, stage, bits, channels, before, after, site.reason, flops)
+    what = (site.name, site.weight_name, site.shape, form, weight.activation_bits, weight.outlier_channels)
+    return Row(*what, before, after, site.reason, flops)
 
 
 def _tokens(stages: Stages) -> int:

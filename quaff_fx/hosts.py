@@ -69,6 +69,12 @@ def _holds(module: nn.Module, kind: type) -> bool:
     return any(isinstance(child, kind) for child in module.modules())
 
 
+def model_name(name: str) -> str:
+    """Returns the name that a module had before PEFT wrapped it: what people write in a pattern."""
+    parts = [part for part in name.removeprefix("base_model.model.").split(".") if part != "base_layer"]
+    return ".".join(parts)
+
+
 def guard_peft() -> None:
     """Makes PEFT refuse to merge adapters into int8 weights, and copy int8 modules to be saved in float. Idempotent.
 
@@ -122,6 +128,11 @@ def _copying_in_float(original: Any) -> Any:
 
 
 # --- transformers (read in transformers 5.24) -----------------------------------------------------------------------
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Tells whether a module is GPT-2's Conv1D, a linear whose weight is (K, N)."""
+    return isinstance(module, getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", ()))
 
 
 def has_kv_cache(values: tuple[Any, ...]) -> bool:

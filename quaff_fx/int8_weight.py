@@ -12,14 +12,21 @@ from quaff_fx.errors import WeightError
 
 
 class LinearState(Protocol):
-    """What an `Int8Weight` needs of a `state.QuantizedWeight`."""
+    """What an `Int8Weight` needs of a `state.Int8State`."""
 
-    w_int8: nn.Parameter
     in_dim: int
     dtype: torch.dtype
 
-    def dequantized(self) -> Tensor:
-        """Returns the float weight (N, K)."""
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the original parameter."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the int8 values are."""
+
+    def float_values(self) -> Tensor:
+        """Returns the float weight in the layout of the original parameter."""
 
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """Returns x Wᵀ + bias through the int8 product."""
@@ -38,10 +45,7 @@ class Int8Weight(Tensor):
     @staticmethod
     def __new__(cls, state: LinearState) -> Int8Weight:
         """Makes a view of `state`, in the layout of the original parameter."""
-        n, k = state.w_int8.shape
-        view = Tensor._make_wrapper_subclass(
-            cls, (n, k) if state.in_dim == 1 else (k, n), dtype=state.dtype, device=state.w_int8.device
-        )
+        view = Tensor._make_wrapper_subclass(cls, state.shape, dtype=state.dtype, device=state.device)
         view._state = state
         return view
 
@@ -115,8 +119,7 @@ def _arguments(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list
 
 
 def _dequantized(weight: Int8Weight) -> Tensor:
-    matrix = weight._state.dequantized()
-    return matrix.t() if weight._state.in_dim == 0 else matrix
+    return weight._state.float_values()
 
 
 def product_operands(

@@ -22,10 +22,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from quaff_fx import checkpoint, state
+from quaff_fx import checkpoint, distributed, state
 from quaff_fx.checkpoint import PathLike
 from quaff_fx.errors import CheckpointError, WeightError
-from quaff_fx.state import LoadedWeight, QuantizedWeight
 from quaff_fx.stored_tensor import StoredTensor, stored_tensors
 
 _WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".ckpt", ".onnx")
@@ -124,8 +123,7 @@ class _Part:
     @property
     def parameters(self) -> list[str]:
         """The names of its parameters, int8 ones included."""
-        plain = [name for name, parameter in self.base._parameters.items() if parameter is not None]
-        return list(dict.fromkeys([*plain, *state.states_of(self.base)]))
+        return list(state.weights_in(self.base))
 
     @property
     def is_adapted(self) -> bool:
@@ -176,8 +174,7 @@ def _parts(base: nn.Module) -> list[_Part]:
         if part.parameters:
             parts.append(part)
         for child_name, child in module.named_children():
-            if not child_name.startswith(state.SLOT_PREFIX):
-                visit(child, f"{name}.{child_name}" if name else child_name, is_trained)
+            visit(child, f"{name}.{child_name}" if name else child_name, is_trained)
 
     visit(base, "", False)
     return parts
@@ -191,7 +188,7 @@ def _check_adapters(parts: list[_Part], adapter_names: list[str] | None) -> None
                 f"{part.name}: its adapter is merged already, expected a separate one. Call unmerge_adapter() first."
             )
     for part in parts:
-        if any(_is_sharded(tensor) for tensor in (part.layer or part.base).parameters()):
+        if any(distributed.is_sharded(tensor) for tensor in (part.layer or part.base).parameters()):
             raise WeightError(
                 f"{part.name}: is sharded, expected whole weights. Save the adapter, load it on a model that is not "
                 "sharded, and merge there."
@@ -206,14 +203,6 @@ def _check_adapters(parts: list[_Part], adapter_names: list[str] | None) -> None
         raise WeightError(
             "model: has no adapter and no weight that was trained, expected some. Nothing is to be merged."
         )
-
-
-def _is_sharded(tensor: Tensor) -> bool:
-    if not torch.distributed.is_available():
-        return False
-    from torch.distributed.tensor import DTensor
-
-    return isinstance(tensor, DTensor)
 
 
 def _owners(base: nn.Module, parts: list[_Part], stored: dict[str, StoredTensor], source: Path) -> dict[str, _Part]:
@@ -250,7 +239,7 @@ def _owners(base: nn.Module, parts: list[_Part], stored: dict[str, StoredTensor]
                     )
                 continue
             tensor = by_name[name]
-            shape = _shape(part.base, parameter)
+            shape = state.weight_of(part.base, parameter).shape
             if tensor.shape != shape:
                 raise CheckpointError(
                     f"{name}: has shape {tensor.shape} in {source}, expected {shape}. Pass the folder that the model "
@@ -270,22 +259,11 @@ def _tied(base: nn.Module) -> dict[str, list[str]]:
     """The weights that have more than one name, as parameters or in int8, each with its other ones."""
     names: dict[int, list[str]] = {}
     for prefix, module in base.named_modules(remove_duplicate=False):
-        for parameter, weight in (*module._parameters.items(), *state.states_of(module).items()):
-            if weight is not None:
-                parts = [part for part in prefix.split(".") if part not in ("", "base_layer", "original_module")]
-                names.setdefault(id(weight), []).append(".".join([*parts, parameter]))
+        parts = [part for part in prefix.split(".") if part not in ("", "base_layer", "original_module")]
+        for parameter, weight in state.weights_in(module).items():
+            names.setdefault(id(weight), []).append(".".join([*parts, parameter]))
     same = [sorted(set(names)) for names in names.values()]
     return {name: [n for n in names if n != name] for names in same if len(names) > 1 for name in names}
-
-
-def _shape(module: nn.Module, parameter: str) -> tuple[int, ...]:
-    weight = state.states_of(module).get(parameter)
-    if isinstance(weight, (LoadedWeight, QuantizedWeight)):
-        n, k = weight.w_int8.shape
-        return (n, k) if weight.in_dim == 1 else (k, n)
-    plain = module._parameters[parameter]
-    assert plain is not None
-    return tuple(plain.shape)
 
 
 @torch.no_grad()
@@ -317,33 +295,13 @@ def _merged(part: _Part, adapter_names: list[str] | None) -> dict[str, Tensor]:
 
 def _unmerged(part: _Part, parameter: str, stored: Tensor) -> Tensor:
     """Returns the float value that an adapter is merged into: the stored one, or the model's where that was trained."""
-    name = part.name_of(parameter)
-    weight = state.states_of(part.base).get(parameter)
-    if isinstance(weight, (LoadedWeight, QuantizedWeight)):
-        if not _is_quantized_from(weight, stored):
-            raise _differs(name, part.stored[parameter])
+    if state.weight_of(part.base, parameter).is_made_from(stored):
         return stored
-    plain = part.base._parameters[parameter]
-    assert plain is not None
-    value = plain.detach().to("cpu")
-    if torch.equal(value, stored.to(value.dtype)):
-        return stored
+    plain = part.base._parameters.get(parameter)
     # A bias that was trained comes frozen out of a saved adapter (bias="all").
-    if not (plain.requires_grad or part.is_trained or parameter == "bias"):
-        raise _differs(name, part.stored[parameter])
-    return value.to(stored.dtype)
-
-
-def _is_quantized_from(weight: LoadedWeight | QuantizedWeight, stored: Tensor) -> bool:
-    """Tells whether the int8 weight is as near to the stored one, row by row, as rounding allows.
-
-    An int8 value is off by at most half a scale, a row of K of them by sqrt(K) halves; the dtypes of both add theirs.
-    """
-    matrix = (stored if weight.in_dim == 1 else stored.t()).float()
-    dequantized = weight.dequantized().to("cpu", torch.float32)
-    eps = max(torch.finfo(weight.dtype).eps, torch.finfo(stored.dtype).eps)
-    bound = 0.505 * weight.w_scale.cpu() * matrix.shape[1] ** 0.5 + 2 * eps * matrix.norm(dim=1)
-    return bool(((matrix - dequantized).norm(dim=1) <= bound).all())
+    if plain is None or not (plain.requires_grad or part.is_trained or parameter == "bias"):
+        raise _differs(part.name_of(parameter), part.stored[parameter])
+    return plain.detach().to("cpu", stored.dtype)
 
 
 def _differs(name: str, stored: StoredTensor) -> CheckpointError:

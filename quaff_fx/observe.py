@@ -13,13 +13,13 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
-from quaff_fx import numerics, state
+from quaff_fx import numerics
 from quaff_fx.errors import CalibrationError
 from quaff_fx.int8_weight import Int8Weight, product_operands
 from quaff_fx.ops import IN_DIM_CONFLICT, IN_DIM_UNSEEN
 from quaff_fx.passes import matching
 from quaff_fx.sites import Site
-from quaff_fx.state import LoadedWeight
+from quaff_fx.state import weights_in
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,7 @@ class Statistics:
     @classmethod
     def none(cls, site: Site) -> Statistics:
         """Returns those of a site before the first step, on the device of its weight."""
-        size, device = max(site.shape), site_tensor(site).device
-        hits, absmax_sum = torch.zeros(2, size, dtype=torch.float32, device=device)
+        hits, absmax_sum = torch.zeros(2, max(site.shape), dtype=torch.float32, device=site.weight.device)
         return cls(hits, absmax_sum)
 
     def with_step(self, seen: Seen | None, outliers: int, threshold: float) -> Statistics:
@@ -83,14 +82,6 @@ def _joined(in_dim: int, seen: Seen | None) -> int:
     return seen.in_dim if in_dim in (IN_DIM_UNSEEN, seen.in_dim) else IN_DIM_CONFLICT
 
 
-def site_tensor(site: Site) -> Tensor:
-    """Returns the tensor that holds a site's weight: the float parameter, or the int8 one."""
-    weight = state.states_of(site.module).get(site.parameter)
-    tensor = site.module._parameters[site.parameter] if weight is None else weight.w_int8
-    assert tensor is not None
-    return tensor
-
-
 class Observer(TorchFunctionMode):
     """Sees every use of the weights of `sites` while it is on, in this thread; changes nothing.
 
@@ -113,9 +104,7 @@ class Observer(TorchFunctionMode):
         self._sites: dict[int, Site] = {}
         self._transposed: WeakIdKeyDictionary = WeakIdKeyDictionary()  # views of weights: site, transposed
         for site in sites:
-            int8 = state.states_of(site.module).get(site.parameter)
-            weight = site.module._parameters.get(site.parameter) if int8 is None else int8
-            if weight is not None:
+            if (weight := weights_in(site.module).get(site.parameter)) is not None:
                 self._sites[id(weight)] = site
 
     def __torch_function__(
@@ -280,9 +269,3 @@ def _reads_no_values(name: str, is_first: bool, result: Any) -> bool:
 
 _GIVES_MEMORY = {"data_ptr"}
 """Names of functions that give the memory of a tensor away as a number, which an int8 weight does not have."""
-
-
-def loaded_weight(site: Site) -> LoadedWeight | None:
-    """Returns the weight of a site that was loaded as int8, None of any other."""
-    weight = state.states_of(site.module).get(site.parameter)
-    return weight if isinstance(weight, LoadedWeight) else None

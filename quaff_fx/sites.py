@@ -10,10 +10,10 @@ from torch import nn
 
 from quaff_fx.config import QuaffConfig, matches
 from quaff_fx.errors import ConfigError
-from quaff_fx.hosts import adapters_own_parameters
+from quaff_fx.hosts import adapters_own_parameters, model_name
 from quaff_fx.kernels.dispatch import reason_unsupported
 from quaff_fx.numerics import INT32_MAX_REDUCTION
-from quaff_fx.state import LoadedWeight, QuantizedWeight, states_of
+from quaff_fx.state import FloatWeight, LoadedWeight, QuantizedWeight, Weight, quantized_in, weight_of, weights_in
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -46,6 +46,23 @@ class Site:
         """The dotted name of the parameter."""
         return f"{self.name}.{self.parameter}" if self.name else self.parameter
 
+    @property
+    def weight(self) -> Weight:
+        """What the weight is now."""
+        return weight_of(self.module, self.parameter)
+
+    @property
+    def observed(self) -> FloatWeight | LoadedWeight:
+        """The weight of a site that is not quantized."""
+        weight = self.weight
+        assert not isinstance(weight, QuantizedWeight)
+        return weight
+
+    @property
+    def quantized(self) -> QuantizedWeight:
+        """The weight of a site that is quantized."""
+        return quantized_in(self.module)[self.parameter]
+
 
 def find_sites(model: nn.Module, config: QuaffConfig, *, is_loading: bool = False) -> list[Site]:
     """Returns every matrix of the model that a linear could read, those to be left alone with their reason.
@@ -62,35 +79,22 @@ def find_sites(model: nn.Module, config: QuaffConfig, *, is_loading: bool = Fals
     places: dict[int, list[tuple[nn.Module, str]]] = defaultdict(list)
     names: dict[int, list[str]] = defaultdict(list)
     for name, module in model.named_modules():
-        if isinstance(module, (LoadedWeight, QuantizedWeight)):
-            continue
-        int8 = states_of(module)
-        for parameter, weight in [*module._parameters.items(), *int8.items()]:
-            if weight is not None:
-                places[id(weight)].append((module, parameter))
-                names[id(weight)].append(_model_name(name))
+        for parameter, weight in weights_in(module).items():
+            places[id(weight)].append((module, parameter))
+            names[id(weight)].append(model_name(name))
 
     sites, site_names = [], []
     for key, owners in places.items():
-        module, parameter = owners[0]
-        int8_weight = states_of(module).get(parameter)
-        if isinstance(int8_weight, LoadedWeight):
-            n, k = int8_weight.w_int8.shape
-            shape = (n, k) if int8_weight.in_dim == 1 else (k, n)
-            site = Site(names[key][0], parameter, module, shape, int8_weight.dtype, places=owners)
-            site.reason = _reason_by_config(site, names[key], config)
-            sites.append(site)
-            site_names += names[key]
-            continue
-        weight = module._parameters[parameter]
-        if weight is None or weight.ndim < 2 or all(isinstance(owner, _TABLES) for owner, _ in owners):
-            continue
         # What is said of a tied weight is said of the linear, not of the table.
-        first = next(index for index, (owner, _) in enumerate(owners) if not isinstance(owner, _TABLES))
+        first = next((index for index, (owner, _) in enumerate(owners) if not isinstance(owner, _TABLES)), None)
+        if first is None:
+            continue
         module, parameter = owners[first]
-        site = Site(names[key][first], parameter, module, tuple(weight.shape), weight.dtype, places=owners)
-        is_own = id(weight) in of_adapters
-        site.reason = _reason_left_alone(site, weight, names[key], config, is_own, is_loading)
+        found = weight_of(module, parameter)
+        if len(found.shape) < 2:
+            continue
+        site = Site(names[key][first], parameter, module, found.shape, found.dtype, places=owners)
+        site.reason = _reason_left_alone(site, names[key], config, key in of_adapters, is_loading)
         sites.append(site)
         site_names += names[key]
     config.check_patterns(site_names)
@@ -101,16 +105,10 @@ def find_sites(model: nn.Module, config: QuaffConfig, *, is_loading: bool = Fals
 _TABLES = (nn.Embedding, nn.EmbeddingBag)
 
 
-def _model_name(name: str) -> str:
-    """The name that a module had before PEFT wrapped it: what people write in a pattern."""
-    parts = [part for part in name.removeprefix("base_model.model.").split(".") if part != "base_layer"]
-    return ".".join(parts)
-
-
 def check_loaded(sites: list[Site]) -> None:
     """Raises `ConfigError` if a weight that is int8 already is to be left alone: its float form is gone."""
     for site in sites:
-        if site.reason and isinstance(states_of(site.module).get(site.parameter), LoadedWeight):
+        if site.reason and site.weight.is_int8:
             raise ConfigError(
                 f"{site.name}: was loaded as int8 but is {site.reason}, expected the same choice for loading and for "
                 "compile. Give both the same config."
@@ -125,9 +123,10 @@ def _reason_by_config(site: Site, names: list[str], config: QuaffConfig) -> str:
     return ""
 
 
-def _reason_left_alone(
-    site: Site, weight: nn.Parameter, names: list[str], config: QuaffConfig, is_own: bool, is_loading: bool
-) -> str:
+def _reason_left_alone(site: Site, names: list[str], config: QuaffConfig, is_own: bool, is_loading: bool) -> str:
+    if not isinstance(site.weight, FloatWeight):  # chosen when it was loaded
+        return _reason_by_config(site, names, config)
+    weight = site.weight.tensor
     if weight.requires_grad and not is_loading:
         return "weight is trainable"
     if is_own:

@@ -16,18 +16,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quaff_fx import convert, state
+from quaff_fx import convert, distributed
 from quaff_fx.api import stages_of
 from quaff_fx.checkpoint import PathLike
 from quaff_fx.config import QuaffConfig
 from quaff_fx.convert import Choice, Plan
 from quaff_fx.errors import CheckpointError
-from quaff_fx.observe import Statistics, loaded_weight, site_tensor
+from quaff_fx.observe import Statistics
 from quaff_fx.ops import STATIC_MOMENTUM
 from quaff_fx.saved_state import NUMBERS, OUTLIERS, STATISTICS, SavedState
 from quaff_fx.sites import Site
 from quaff_fx.stages import Calibration, Stages
-from quaff_fx.state import LoadedWeight, OutlierState, QuantizedWeight
+from quaff_fx.state import OutlierState, Weight
 
 FILE = "quaff_state.safetensors"
 
@@ -121,8 +121,7 @@ def _taken_from(model: nn.Module) -> SavedState:
 
 
 def _check_one_process() -> None:
-    is_distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    if is_distributed and (processes := torch.distributed.get_world_size()) > 1:
+    if (processes := distributed.processes()) > 1:
         raise CheckpointError(
             f"model: is still observed, by {processes} processes of which each has statistics of its own, expected a "
             "converted model. Save after the calibration, or call quaff_fx.calibrate before training."
@@ -134,12 +133,12 @@ def _statistics(site: Site, stages: Stages, tensors: dict[str, Tensor]) -> dict[
     seen = stages.calibration.statistics.get(site.weight_name) or Statistics.none(site)
     tensors |= {f"{site.weight_name}.{name}": getattr(seen, name) for name in STATISTICS}
     numbers = {"in_dim_seen": seen.in_dim, "steps": seen.steps}
-    return _form(site) | {"crc32": _checksum(loaded_weight(site) or convert.float_weight(site))} | numbers
+    return _form(site) | {"crc32": _checksum(site.weight)} | numbers
 
 
 def _choice(site: Site, groups: dict[int, int], tensors: dict[str, Tensor]) -> dict[str, Any]:
     """What is saved of a quantized site; `groups` numbers the outlier states: sites that share one share a number."""
-    quantized = convert.quantized(site)
+    quantized = site.quantized
     group = groups.setdefault(id(quantized.outliers), len(groups))
     tensors |= {f"outliers.{group}.{name}": getattr(quantized.outliers, name) for name in OUTLIERS}
     numbers = {name: getattr(quantized, name) for name in NUMBERS} | {"outliers": group}
@@ -148,17 +147,14 @@ def _choice(site: Site, groups: dict[int, int], tensors: dict[str, Tensor]) -> d
 
 def _form(site: Site) -> dict[str, Any]:
     """Shape and dtype of a site's weight, as far as it is a float parameter or stands for one."""
-    weight = state.states_of(site.module).get(site.parameter)
-    dtype = convert.float_weight(site).dtype if weight is None else weight.dtype
-    return {"shape": list(site.shape), "dtype": str(dtype).removeprefix("torch.")}
+    return {"shape": list(site.shape), "dtype": str(site.weight.dtype).removeprefix("torch.")}
 
 
-def _checksum(weight: Tensor | LoadedWeight | QuantizedWeight) -> int:
+def _checksum(weight: Weight) -> int:
     """CRC-32 of a float weight, or of an int8 weight and its scales."""
     crc = 0
-    for tensor in (weight,) if isinstance(weight, Tensor) else (weight.w_int8, weight.w_scale):
-        whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # FSDP2 shards int8 weights
-        crc = zlib.crc32(whole.detach().cpu().contiguous().view(torch.uint8).numpy().data, crc)
+    for tensor in weight.tensors:
+        crc = zlib.crc32(distributed.whole(tensor).detach().cpu().contiguous().view(torch.uint8).numpy().data, crc)
     return crc
 
 
@@ -198,8 +194,8 @@ def _calibration(stages: Stages, saved: SavedState) -> Calibration:
         )
     statistics = {}
     for site in _matching_sites(stages, saved):
-        name, device = site.weight_name, site_tensor(site).device
-        _check_checksum(site, loaded_weight(site) or convert.float_weight(site), saved)
+        name, device = site.weight_name, site.weight.device
+        _check_checksum(site, site.weight, saved)
         tensors = {key: saved.tensors[f"{name}.{key}"].to(device, copy=True) for key in STATISTICS}
         entry = saved.sites[name]
         statistics[name] = Statistics(**tensors, in_dim=entry["in_dim_seen"], steps=entry["steps"])
@@ -217,11 +213,11 @@ def _plan(stages: Stages, saved: SavedState) -> Plan:
             continue
         group = entry["outliers"]
         if group not in groups:
-            groups[group] = _outlier_state(saved, group, site_tensor(site).device, stages.config)
+            groups[group] = _outlier_state(saved, group, site.weight.device, stages.config)
         choice = Choice(site, outliers=groups[group], **{name: entry[name] for name in NUMBERS})
-        if (int8 := loaded_weight(site)) is not None:
-            _check_checksum(site, int8, saved)
-            plan.columns[site.weight_name] = int8.columns(choice.outliers.outlier_channels)
+        if site.weight.is_int8:
+            _check_checksum(site, site.weight, saved)
+            plan.columns[site.weight_name] = site.observed.columns(choice.outliers.outlier_channels, choice.in_dim)
         else:
             # Made twice, here and when the plan is carried out: both forms of all weights at once may not fit.
             _check_checksum(site, convert.converted(choice), saved)
@@ -243,7 +239,7 @@ def _bring_back_smoothing_scales(stages: Stages, saved: SavedState) -> None:
     groups: dict[int, OutlierState] = {}
     numbers: dict[int, int] = {}
     for site in sites:
-        entry, quantized = saved.sites[site.weight_name], convert.quantized(site)
+        entry, quantized = saved.sites[site.weight_name], site.quantized
         outliers, group = quantized.outliers, entry["outliers"]
         channels = saved.tensors[f"outliers.{group}.outlier_channels"]
         is_same = (
@@ -306,7 +302,7 @@ def _matching_sites(stages: Stages, saved: SavedState) -> list[Site]:
     return list(sites.values())
 
 
-def _check_checksum(site: Site, weight: Tensor | LoadedWeight | QuantizedWeight, saved: SavedState) -> None:
+def _check_checksum(site: Site, weight: Weight, saved: SavedState) -> None:
     if _checksum(weight) != saved.sites[site.weight_name]["crc32"]:
         raise CheckpointError(
             f"{site.weight_name}: has other values than in the saved run (their checksums differ), expected the same "

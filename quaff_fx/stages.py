@@ -23,7 +23,7 @@ from quaff_fx.forwards import Awaited, Forwards, is_in_backward
 from quaff_fx.notices import Notices
 from quaff_fx.observe import Observer, Statistics
 from quaff_fx.sites import Site, callers_of
-from quaff_fx.state import QuantizedWeight, WeightState
+from quaff_fx.state import QuantizedWeight
 
 ATTRIBUTE = "_quaff"
 """A compiled model, and all modules between it and its blocks, carry its `Stages` under this name."""
@@ -95,10 +95,6 @@ class Stages:
     def active_sites(self) -> list[Site]:
         """The sites that are observed or quantized."""
         return [site for site in self.sites if not site.reason]
-
-    def weight_state(self, site: Site) -> WeightState | None:
-        """The state of a site's weight, None if it is float."""
-        return state.states_of(site.module).get(site.parameter)
 
     # --- calls ------------------------------------------------------------------------------------------------------
 
@@ -186,7 +182,7 @@ class Stages:
 
     def _leave_what_cannot_be_observed(self) -> None:
         for site in self.active_sites():
-            site.reason = convert.reason_not_observable(site)
+            site.reason = site.weight.reason_not_observable()
 
     def _check(self, observer: Observer) -> None:
         """Raises `CalibrationError`, or warns, if a forward has not observed what it should."""
@@ -325,8 +321,8 @@ class Stages:
         self._compiled, self._int8 = None, []
         if self.stage == "quantize":
             self._compiled = calls.compiled_forward(QuantizeBackend(self.graphs, calls.RECOMPILE_LIMIT))
-            weights = [(site.weight_name, self.weight_state(site)) for site in self.active_sites()]
-            self._int8 = [(name, weight) for name, weight in weights if isinstance(weight, QuantizedWeight)]
+            weights = [(s.weight_name, state.quantized_in(s.module).get(s.parameter)) for s in self.active_sites()]
+            self._int8 = [(name, weight) for name, weight in weights if weight is not None]
         for block in self.blocks:
             state.set_block(block, True)
             block.__dict__[state.RUN] = self.run_block

@@ -1,4 +1,4 @@
-"""What stands in the place of a frozen weight that is int8: loaded so, or quantized.
+"""What a frozen weight is: a float parameter, or what stands in its place once it is int8, loaded so or quantized.
 
 A module that owns an int8 weight keeps its place in the model, its name and its class as a base class. Reading the
 weight calls the state's `read`, which emits a marker op with all the state as arguments (`docs/architecture.md`).
@@ -10,7 +10,8 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from quaff_fx import numerics, ops
 from quaff_fx.errors import WeightError
 from quaff_fx.int8_weight import Int8Weight
-from quaff_fx.stored_tensor import StoredTensor
+from quaff_fx.layout import as_matrix, from_matrix, swapped_shape
 
 SLOT_PREFIX = "quaff_"
 """The state of parameter `weight` is the submodule `quaff_weight`."""
@@ -38,40 +39,219 @@ class _KeepsFloat32(nn.Module):
         return self
 
 
-class LoadedWeight(_KeepsFloat32):
-    """A frozen weight that was made int8 while it was loaded, until its outlier channels are known.
+_REPLACED = "weight was replaced while it was observed"
+
+
+class Source(Protocol):
+    """Where the float values of a weight that was loaded as int8 can be read again."""
+
+    def check_unchanged(self) -> None:
+        """Raises `CheckpointError` if it cannot be read any more, or is not what it was."""
+
+    def columns(self, channels: Tensor, in_dim: int, dtype: torch.dtype) -> Tensor:
+        """Returns the columns `channels` of the matrix (N, K), (N, O) in `dtype`; raises as `check_unchanged`."""
+
+
+@dataclass(frozen=True)
+class FloatWeight:
+    """A frozen weight that is a float parameter; it answers what the int8 ones answer.
+
+    Attributes:
+        parameter: None if the module has none of the name any more.
+    """
+
+    parameter: nn.Parameter | None
+
+    is_int8 = False
+    in_dims: ClassVar[tuple[int, ...]] = (0, 1)
+    activation_bits: ClassVar[int | None] = None
+    outlier_channels: ClassVar[tuple[int, ...]] = ()
+
+    @property
+    def tensor(self) -> nn.Parameter:
+        """The parameter, which has to be there."""
+        assert self.parameter is not None
+        return self.parameter
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The tensors that hold the values."""
+        return (self.tensor,)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the parameter."""
+        return tuple(self.tensor.shape)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the parameter."""
+        return self.tensor.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where it is."""
+        return self.tensor.device
+
+    def form(self, is_observed: bool) -> str:
+        """Returns what `explain` calls it."""
+        return "observed" if is_observed else "float"
+
+    def reason_not_observable(self) -> str:
+        """Why it can be observed no more: it is to be trained, or is another module's now; empty if it can."""
+        if self.parameter is None:
+            return _REPLACED
+        return "weight is trainable" if self.parameter.requires_grad else ""
+
+    def check_source(self) -> None:
+        """Raises nothing: all there is of it is in memory."""
+
+    def is_finite(self) -> bool:
+        """Tells whether it has neither NaN nor infinite values."""
+        return bool(torch.isfinite(self.tensor).all())
+
+    def columns(self, channels: Tensor, in_dim: int) -> Tensor:
+        """Returns the columns `channels` of the matrix (N, K), (N, O)."""
+        return as_matrix(self.tensor.detach(), in_dim).index_select(1, channels)
+
+    def quantized(
+        self, in_dim: int, outliers: OutlierState, activation_max: int, rotation: int, columns: Tensor | None
+    ) -> QuantizedWeight:
+        """Returns what it becomes; `columns` are not needed."""
+        return QuantizedWeight(self.tensor, in_dim, outliers, activation_max, rotation)
+
+    def is_made_from(self, stored: Tensor) -> bool:
+        """Tells whether it has the values of `stored`, on the CPU, in its own dtype."""
+        value = self.tensor.detach().to("cpu")
+        return torch.equal(value, stored.to(value.dtype))
+
+
+class Int8State(_KeepsFloat32):
+    """A frozen weight that is int8.
 
     Attributes:
         w_int8: (N, K) int8. w_scale: (N,) float32.
-        in_dim: the dimension of the original parameter that the product reduces over: 1 for `nn.Linear`, 0 for Conv1D.
+        in_dim: the layout of the original parameter (`layout.py`).
         rotation: the block B that `w_int8` is rotated with, along K (`numerics.rotate`).
-        dtype: of the original parameter; follows `.to(dtype)`. loaded_dtype: what its values were rounded to.
-        source: where its float columns can be read again.
+        dtype: of the original parameter; follows `.to(dtype)`.
     """
 
-    def __init__(
-        self,
-        w_int8: Tensor,
-        w_scale: Tensor,
-        in_dim: int,
-        rotation: int,
-        dtype: torch.dtype,
-        source: StoredTensor,
-    ) -> None:
+    is_int8 = True
+
+    def __init__(self, w_int8: Tensor, w_scale: Tensor, in_dim: int, rotation: int, dtype: torch.dtype) -> None:
         super().__init__()
-        self.w_int8 = nn.Parameter(w_int8, requires_grad=False)
-        self.w_scale = nn.Parameter(w_scale, requires_grad=False)
+        self.w_int8 = _frozen(w_int8)
+        self.w_scale = _frozen(w_scale)
         self.in_dim = in_dim
         self.rotation = rotation
-        self.dtype = self.loaded_dtype = dtype
-        self.source = source
+        self.dtype = dtype
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The tensors that hold the values."""
+        return (self.w_int8, self.w_scale)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the original parameter."""
+        return swapped_shape(self.w_int8.shape, self.in_dim)
+
+    @property
+    def device(self) -> torch.device:
+        """Where it is."""
+        return self.w_int8.device
 
     def read(self) -> Tensor:
         """Returns the weight in the layout of the original parameter: an `Int8Weight`, or operations while traced."""
         if not torch.compiler.is_dynamo_compiling():  # unlike `is_compiling`, not while another thread compiles
             return Int8Weight(self)
-        weight = self.dequantized()
-        return weight.t() if self.in_dim == 0 else weight
+        return self.float_values()
+
+    def dequantized(self) -> Tensor:
+        """Returns the float weight (N, K)."""
+        raise NotImplementedError
+
+    def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """Returns x Wᵀ + bias, differentiable."""
+        raise NotImplementedError
+
+    def float_values(self) -> Tensor:
+        """Returns the float weight in the layout of the original parameter."""
+        return from_matrix(self.dequantized(), self.in_dim)
+
+    def is_made_from(self, stored: Tensor) -> bool:
+        """Tells whether it is as near to `stored`, a parameter on the CPU, row by row, as rounding allows.
+
+        An int8 value is off by at most half a scale, a row of K of them by sqrt(K) halves; the dtypes of both add
+        theirs.
+        """
+        matrix = as_matrix(stored, self.in_dim).float()
+        dequantized = self.dequantized().to("cpu", torch.float32)
+        eps = max(torch.finfo(self.dtype).eps, torch.finfo(stored.dtype).eps)
+        bound = 0.505 * self.w_scale.cpu() * matrix.shape[1] ** 0.5 + 2 * eps * matrix.norm(dim=1)
+        return bool(((matrix - dequantized).norm(dim=1) <= bound).all())
+
+    def weight_bytes(self) -> int:
+        """Bytes of everything kept for this weight; state shared with other sites counts in each."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in (*self.parameters(), *self.buffers()))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.w_int8.device)).dtype
+        return super()._apply(fn, recurse)
+
+
+def _frozen(tensor: Tensor) -> nn.Parameter:
+    return tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor, requires_grad=False)
+
+
+class LoadedWeight(Int8State):
+    """A frozen weight that was made int8 while it was loaded, until its outlier channels are known.
+
+    Attributes:
+        source: where its float columns can be read again. loaded_dtype: what their values were rounded to.
+    """
+
+    activation_bits: ClassVar[int | None] = None
+    outlier_channels: ClassVar[tuple[int, ...]] = ()
+
+    def __init__(
+        self, w_int8: Tensor, w_scale: Tensor, in_dim: int, rotation: int, dtype: torch.dtype, source: Source
+    ) -> None:
+        super().__init__(w_int8, w_scale, in_dim, rotation, dtype)
+        self.loaded_dtype = dtype
+        self.source = source
+
+    @property
+    def in_dims(self) -> tuple[int, ...]:
+        """The dimensions that linears may reduce over."""
+        return (self.in_dim,)
+
+    def form(self, is_observed: bool) -> str:
+        """Returns what `explain` calls it."""
+        return "observed (int8)" if is_observed else "int8 weight"
+
+    def reason_not_observable(self) -> str:
+        """Returns nothing: it can be neither trained nor replaced."""
+        return ""
+
+    def check_source(self) -> None:
+        """Raises `CheckpointError` if its columns cannot be read any more."""
+        self.source.check_unchanged()
+
+    def is_finite(self) -> bool:
+        """Returns True: another one stays in float when it is loaded."""
+        return True
+
+    def columns(self, channels: Tensor, in_dim: int) -> Tensor:
+        """Returns the float columns (N, O) from the file; raises `CheckpointError` as `check_source`."""
+        return self.source.columns(channels, self.in_dim, self.loaded_dtype)
+
+    def quantized(
+        self, in_dim: int, outliers: OutlierState, activation_max: int, rotation: int, columns: Tensor | None
+    ) -> QuantizedWeight:
+        """Returns what it becomes with these float columns (N, O): the int8 values stay, and their rotation."""
+        assert columns is not None
+        return QuantizedWeight.of_loaded(self, columns, outliers, activation_max)
 
     def dequantized(self) -> Tensor:
         """Returns the float weight (N, K)."""
@@ -81,22 +261,6 @@ class LoadedWeight(_KeepsFloat32):
         """Returns x Wᵀ + bias, differentiable, with x in float: its outlier channels are not known yet."""
         y: Tensor = torch.ops.quaff.weight_only_linear.default(x, self.w_int8, self.w_scale, bias, self.rotation)
         return y
-
-    def columns(self, channels: Tensor) -> Tensor:
-        """Returns the float columns (N, O) from the file.
-
-        Raises:
-            CheckpointError: the file cannot be read or is not the one of before.
-        """
-        return self.source.columns(channels, self.in_dim, self.loaded_dtype)
-
-    def weight_bytes(self) -> int:
-        """Bytes of the weight and its scales."""
-        return sum(tensor.numel() * tensor.element_size() for tensor in (self.w_int8, self.w_scale))
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.w_int8.device)).dtype
-        return super()._apply(fn, recurse)
 
 
 class OutlierState(_KeepsFloat32):
@@ -137,56 +301,54 @@ class OutlierState(_KeepsFloat32):
         self.smoothing_scale.copy_(self.next_smoothing_scale)
 
 
-class QuantizedWeight(_KeepsFloat32):
+class QuantizedWeight(Int8State):
     """A frozen weight in int8, its scales, its outlier columns, and the state of the activation it multiplies.
 
     Attributes:
-        w_int8: (N, K) int8. w_scale: (N,) float32. w_outlier: (O, N), row j is column ``outlier_channels[j]``, in 16
-            bits (`numerics.outlier_rows`).
-        outliers: the `OutlierState` of its activation.
-        in_dim: the dimension of the original parameter that the product reduces over: 1 for `nn.Linear`, 0 for Conv1D.
-        rotation: the block B that `w_int8` and the activation are rotated with, along K (`numerics.rotate`).
-        activation_max: Q, 127 or 63. dtype: of the original parameter; follows `.to(dtype)`.
+        w_outlier: (O, N), row j is column ``outlier_channels[j]``, in 16 bits (`numerics.outlier_rows`).
+        outliers: the `OutlierState` of its activation, which is rotated as the weight is.
+        activation_max: Q, 127 or 63.
     """
 
     def __init__(self, weight: Tensor, in_dim: int, outliers: OutlierState, activation_max: int, rotation: int) -> None:
-        matrix = weight.detach() if in_dim == 1 else weight.detach().t()
+        matrix = as_matrix(weight.detach(), in_dim)
         columns = matrix.index_select(1, outliers.outlier_channels)
-        parts = numerics.quantize_weight(matrix, rotation)
-        w_int8, w_scale = (nn.Parameter(part, requires_grad=False) for part in parts)
-        self._fill(w_int8, w_scale, columns, in_dim, outliers, activation_max, rotation, weight.dtype)
+        super().__init__(*numerics.quantize_weight(matrix, rotation), in_dim, rotation, weight.dtype)
+        self._complete(columns, outliers, activation_max)
 
     @classmethod
     def of_loaded(
         cls, loaded: LoadedWeight, columns: Tensor, outliers: OutlierState, activation_max: int
     ) -> QuantizedWeight:
         """Returns what `loaded` becomes, its int8 values reused, with the outlier columns (N, O) in float."""
-        quantized = cls.__new__(cls)
-        numbers = (activation_max, loaded.rotation, loaded.dtype)
-        quantized._fill(loaded.w_int8, loaded.w_scale, columns, loaded.in_dim, outliers, *numbers)
-        return quantized
+        made = cls.__new__(cls)
+        Int8State.__init__(made, loaded.w_int8, loaded.w_scale, loaded.in_dim, loaded.rotation, loaded.dtype)
+        made._complete(columns, outliers, activation_max)
+        return made
 
-    def _fill(
-        self,
-        w_int8: nn.Parameter,
-        w_scale: nn.Parameter,
-        columns: Tensor,
-        in_dim: int,
-        outliers: OutlierState,
-        activation_max: int,
-        rotation: int,
-        dtype: torch.dtype,
-    ) -> None:
-        super().__init__()
-        self.w_int8 = w_int8
-        self.w_scale = w_scale
+    def _complete(self, columns: Tensor, outliers: OutlierState, activation_max: int) -> None:
         self.w_outlier = nn.Parameter(numerics.outlier_rows(columns), requires_grad=False)
         self.outliers = outliers
-        self.in_dim = in_dim
         self.activation_max = activation_max
-        self.rotation = rotation
-        self.dtype = dtype
         self.remember_values()
+
+    @property
+    def activation_bits(self) -> int:
+        """Of the activation, 8 or 7."""
+        return 8 if self.activation_max == 127 else 7
+
+    @property
+    def outlier_channels(self) -> tuple[int, ...]:
+        """Of the activation, the most stable first."""
+        return tuple(self.outliers.outlier_channels.tolist())
+
+    def form(self, is_observed: bool) -> str:
+        """Returns what `explain` calls it."""
+        return "int8"
+
+    def reason_not_observable(self) -> str:
+        """Why it cannot be observed: another model, which shares the weight, has made it int8."""
+        return _REPLACED
 
     def remember_values(self) -> None:
         """Takes the values as they are for the right ones, by which `reason_unusable` tells an edit later."""
@@ -228,13 +390,6 @@ class QuantizedWeight(_KeepsFloat32):
         super().__setstate__(values)  # type: ignore[no-untyped-call]
         self._version = -1  # a copy counts its own, from zero: an edit of before would look like none
 
-    def read(self) -> Tensor:
-        """Returns the weight in the layout of the original parameter: a marker while traced, else an `Int8Weight`."""
-        if not torch.compiler.is_dynamo_compiling():  # unlike `is_compiling`, not while another thread compiles
-            return Int8Weight(self)
-        weight = self.dequantized()
-        return weight.t() if self.in_dim == 0 else weight
-
     def dequantized(self) -> Tensor:
         """Returns the marker: the float weight (N, K) rebuilt, with all state of its activation as arguments."""
         outliers = self.outliers
@@ -267,17 +422,9 @@ class QuantizedWeight(_KeepsFloat32):
         y: Tensor = torch.ops.quaff.linear.default(x, *parts, self.w_int8, self.w_scale, self.w_outlier, bias, *numbers)
         return y
 
-    def weight_bytes(self) -> int:
-        """Bytes of everything kept for this weight; state shared with other sites counts in each."""
-        tensors = [*self.parameters(), *self.buffers()]
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.w_int8.device)).dtype
-        return super()._apply(fn, recurse)
-
 
 WeightState = LoadedWeight | QuantizedWeight
+Weight = FloatWeight | WeightState
 
 _CLASSES: dict[tuple[type[nn.Module], tuple[str, ...], bool], type[nn.Module]] = {}
 
@@ -372,6 +519,24 @@ def states_of(module: nn.Module) -> dict[str, WeightState]:
     return {name: module._modules[SLOT_PREFIX + name] for name in names}  # type: ignore[misc]
 
 
+def quantized_in(module: nn.Module) -> dict[str, QuantizedWeight]:
+    """Returns those of `states_of` that are quantized."""
+    return {name: weight for name, weight in states_of(module).items() if isinstance(weight, QuantizedWeight)}
+
+
+def weights_in(module: nn.Module) -> dict[str, nn.Parameter | WeightState]:
+    """Returns what holds each weight that `module` owns, by parameter name; one object where modules share a weight."""
+    if isinstance(module, Int8State):
+        return {}
+    plain = {name: weight for name, weight in module._parameters.items() if weight is not None}
+    return plain | states_of(module)
+
+
+def weight_of(module: nn.Module, name: str) -> Weight:
+    """Returns the weight that `module` has under the name of a parameter."""
+    return states_of(module).get(name) or FloatWeight(module._parameters.get(name))
+
+
 def _set_class(module: nn.Module, names: tuple[str, ...], is_block: bool) -> None:
     base = base_class(module)
     # Past `__setattr__` of the module's class, which may be anyone's.
@@ -413,7 +578,7 @@ def restore(places: list[tuple[nn.Module, str]]) -> None:
         return
     # An interrupted call has left a part of them in float.
     plain = [weight for module, name in places if (weight := module._parameters.get(name)) is not None]
-    weight = plain[0] if plain else nn.Parameter(_float_weight(states_of(int8[0][0])[int8[0][1]]), requires_grad=False)
+    weight = plain[0] if plain else _float_parameter(states_of(int8[0][0])[int8[0][1]])
     for module, name in int8:
         states = states_of(module)
         del states[name]
@@ -422,9 +587,8 @@ def restore(places: list[tuple[nn.Module, str]]) -> None:
 
 @torch.inference_mode(False)
 @torch.no_grad()
-def _float_weight(state: WeightState) -> Tensor:
-    """Returns the dequantized weight in the layout of the original parameter."""
-    return state.dequantized() if state.in_dim == 1 else state.dequantized().t().contiguous()
+def _float_parameter(state: WeightState) -> nn.Parameter:
+    return nn.Parameter(state.float_values().contiguous(), requires_grad=False)
 
 
 def int8_places(model: nn.Module) -> list[list[tuple[nn.Module, str]]]:

@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from quaff_fx.errors import CheckpointError
+from quaff_fx.layout import as_matrix, swapped_shape
 
 CHUNK_BYTES = 2**24
 """A matrix is read in parts of about this size, so that no float copy of a whole one is ever needed."""
@@ -72,12 +73,12 @@ class StoredTensor:
         A part may be a view of the mapped file: use it before the next one is asked for.
 
         Args:
-            in_dim: 1 if it is stored as (N, K), 0 if as (K, N).
+            in_dim: the layout in which it is stored.
 
         Raises:
             CheckpointError: the file cannot be read.
         """
-        out_features, in_features = self.shape[1 - in_dim], self.shape[in_dim]
+        out_features, in_features = swapped_shape(self.shape, in_dim)
         count = max(1, CHUNK_BYTES // (4 * max(1, in_features)))
         try:
             with safe_open(self.path, framework="pt") as file:
@@ -85,8 +86,8 @@ class StoredTensor:
                 for start in range(0, out_features, count):
                     part = slice(start, min(start + count, out_features))
                     with torch.device("cpu"):  # safetensors gives a part on the default device
-                        rows = stored[part] if in_dim == 1 else stored[:, part].t()
-                    yield rows.to(dtype)
+                        rows = stored[part] if in_dim == 1 else stored[:, part]
+                    yield as_matrix(rows, in_dim).to(dtype)
         except READING_ERRORS as error:
             raise unreadable(self.path, error) from error
 

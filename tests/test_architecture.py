@@ -29,10 +29,12 @@ ORDER = (
     "kernels.dispatch",
     "ops",
     "decompositions",
+    "layout",
+    "distributed",
     "int8_weight",
+    "state",
     "stored_tensor",
     "saved_state",
-    "state",
     "hosts",
     "sites",
     "checkpoint",
@@ -176,6 +178,12 @@ def test_no_pass_indexes_operands_by_number() -> None:
             assert not (is_unpacked and isinstance(value, ast.Attribute) and value.attr == "args"), (
                 f"{name}:{node.lineno}"
             )
+
+
+@pytest.mark.parametrize("name", ["state", "observe", "convert", "stages"])
+def test_the_runtime_knows_no_file(name: str) -> None:
+    assert {target for target, _ in imports(name)} & {"stored_tensor", "saved_state", "checkpoint", "merging"} == set()
+    assert "safetensors" not in SOURCES[name].read_text(encoding="utf-8")
 
 
 def test_private_modules_of_torch_are_used_only_where_it_is_allowed() -> None:

@@ -19,7 +19,7 @@ from quaff_fx import numerics, state
 from quaff_fx.config import QuaffConfig
 from quaff_fx.errors import CalibrationError
 from quaff_fx.int8_weight import Int8Weight
-from quaff_fx.observe import Observer, Seen, Statistics, loaded_weight, site_tensor
+from quaff_fx.observe import Observer, Seen, Statistics
 from quaff_fx.ops import IN_DIM_CONFLICT, IN_DIM_UNSEEN
 from quaff_fx.sites import Site, find_sites
 from quaff_fx.state import LoadedWeight
@@ -627,11 +627,12 @@ def test_an_int8_weight_read_by_a_linear_and_its_norm_serves_both() -> None:
 
 def test_where_the_weight_of_a_site_is() -> None:
     plain, int8 = layer_of(normal(4, 4, seed=2)), loaded_site()
-    assert site_tensor(plain) is plain.module.weight
-    assert loaded_weight(plain) is None
-    loaded = loaded_weight(int8)
+    assert plain.weight.tensors == (plain.module.weight,)
+    assert not plain.weight.is_int8
+    loaded = int8.weight
     assert loaded is int8.module.quaff_weight
-    assert site_tensor(int8) is loaded.w_int8
+    assert loaded.is_int8
+    assert loaded.tensors == (loaded.w_int8, loaded.w_scale)
     assert isinstance(int8.module.weight, Int8Weight)
     assert Statistics.none(int8).hits.shape == (4,)
 

@@ -977,3 +977,28 @@ def test_the_next_smoothing_scale_counts_only_after_commit() -> None:
     assert outliers.smoothing_scale.tolist() == [5, 6]
     outliers.next_smoothing_scale.zero_()
     assert outliers.smoothing_scale.tolist() == [5, 6], "committed is a copy"
+
+
+# --- what every kind of weight answers -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("in_dim", [1, 0], ids=["nn.Linear", "Conv1D"])
+def test_every_kind_of_weight_answers_in_the_layout_of_the_parameter(in_dim: int) -> None:
+    parameter = nn.Parameter(normal(8, 12, seed=0), requires_grad=False)
+    matrix = parameter if in_dim == 1 else parameter.t()
+    plain = state.FloatWeight(parameter)
+    outliers = OutlierState(torch.tensor([1, 4]), torch.ones(2), torch.full((2,), torch.inf), 1.0)
+    from_float = plain.quantized(in_dim, outliers, 127, 1, None)
+    source = loaded(parameter, in_dim)
+    from_int8 = source.quantized(in_dim, outliers, 127, 1, plain.columns(outliers.outlier_channels, in_dim))
+    for weight in (plain, source, from_float, from_int8):
+        assert (weight.shape, weight.dtype, weight.device.type) == ((8, 12), torch.float32, "cpu")
+        assert weight.is_made_from(parameter)
+        assert not weight.is_made_from(2 * parameter)
+    assert torch.equal(plain.columns(outliers.outlier_channels, in_dim), matrix[:, [1, 4]])
+    assert torch.equal(from_float.w_int8, from_int8.w_int8)
+    assert torch.equal(from_float.w_outlier, from_int8.w_outlier)
+    forms = [[weight.form(is_observed) for is_observed in (True, False)] for weight in (plain, source, from_float)]
+    assert forms == [["observed", "float"], ["observed (int8)", "int8 weight"], ["int8", "int8"]]
+    assert state.FloatWeight(None).reason_not_observable() == "weight was replaced while it was observed"
+    assert source.reason_not_observable() == plain.reason_not_observable() == ""
