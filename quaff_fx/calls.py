@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import itertools
+import threading
 import types
 from collections.abc import Callable
 from typing import Any
@@ -35,10 +37,42 @@ def compiled_forward(backend: Callable[..., Any]) -> Callable[..., Any]:
     """
     name = f"{_forward.__name__}_{next(_numbers)}"
     own_forward = types.FunctionType(_forward.__code__.replace(co_name=name), _forward.__globals__, name)
-    compiled: Callable[..., Any] = torch.compile(  # type: ignore[call-overload]
-        own_forward, backend=backend, isolate_recompiles=True, recompile_limit=RECOMPILE_LIMIT
-    )
-    return compiled
+    options = {name: value for name, value in _OPTIONS.items() if name in inspect.signature(torch.compile).parameters}
+    compiled: Callable[..., Any] = torch.compile(own_forward, backend=backend, **options)  # type: ignore[call-overload]
+    return compiled if "recompile_limit" in options else _with_recompile_limit(compiled)
+
+
+_OPTIONS = {"isolate_recompiles": True, "recompile_limit": RECOMPILE_LIMIT}
+"""torch 2.11 has neither, 2.12 only the second.
+
+Without the first the graphs of a block are a model's own all the same, by the code object. What Dynamo compiles after a
+graph break is not: that counts the graphs of all models that have such a block.
+"""
+
+_limit_lock = threading.Lock()
+_limit_calls = 0  # how many calls want it
+_limit_before = 0
+
+
+def _with_recompile_limit(compiled: Callable[..., Any]) -> Callable[..., Any]:
+    """For torch 2.11, which has one limit for all threads; `config.patch` costs 50 µs, and keeps one value for each."""
+
+    def limited(*args: Any) -> Any:
+        global _limit_calls, _limit_before
+        with _limit_lock:
+            if _limit_calls == 0:
+                _limit_before = torch._dynamo.config.recompile_limit
+                torch._dynamo.config.recompile_limit = max(_limit_before, RECOMPILE_LIMIT)
+            _limit_calls += 1
+        try:
+            return compiled(*args)
+        finally:
+            with _limit_lock:
+                _limit_calls -= 1
+                if _limit_calls == 0:
+                    torch._dynamo.config.recompile_limit = _limit_before
+
+    return limited
 
 
 def install(module: nn.Module, call: Callable[..., Any]) -> None:

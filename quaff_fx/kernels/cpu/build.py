@@ -10,12 +10,13 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
+import inspect
 import os
 import platform
 import re
 import tempfile
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from quaff_fx.errors import ConfigError
 
@@ -168,7 +169,10 @@ def library(variant: str) -> ctypes.CDLL:
     # The warnings are gcc bug 105593, in its own AVX512 headers.
     flags = (*VARIANTS[variant], "-ffp-contract=fast", "-Wno-uninitialized", "-Wno-maybe-uninitialized")
     code = f"// CPU features: {processor}\n{source()}"
-    return with_signatures(CppCodeCache.load(code, extra_flags=flags, needs_vec_isa=False))
+    options: dict[str, Any] = {"extra_flags": flags, "needs_vec_isa": False}
+    if "needs_vec_isa" not in inspect.signature(CppCodeCache.load_async).parameters:
+        del options["needs_vec_isa"]  # torch 2.11 and 2.12: flags of the best instruction set that change no result
+    return with_signatures(CppCodeCache.load(code, **options))
 
 
 def with_signatures(library: ctypes.CDLL) -> ctypes.CDLL:
