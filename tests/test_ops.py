@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from quaff_fx import numerics, ops
 from quaff_fx.errors import ShapeError
 from quaff_fx.kernels import cpu, dispatch
-from tests.data import dequantized_rows, integers, normal, planted_outliers, quaff_output
+from tests.data import dequantized_rows, integers, normal, planted_outliers, quaff_output, sqnr_db
 
 Q = torch.ops.quaff
 FLOATS = [torch.float32, torch.bfloat16]
@@ -435,5 +435,5 @@ def test_a_rotated_linear_and_its_gradient_are_the_linear_of_the_dequantized_wei
     dy = normal(*y.shape, seed=8, dtype=dtype)
     (grad_input,) = torch.autograd.grad(y, x, dy)
     # 8 bits over a row of 96 normal values: about 45 dB; bfloat16 results: 2^-9 of a value, 53 dB.
-    assert numerics.sqnr_db(x.detach().double() @ weight.t(), y) > 40
-    assert numerics.sqnr_db(dy.double() @ weight, grad_input) > 40
+    assert sqnr_db(x.detach().double() @ weight.t(), y) > 40
+    assert sqnr_db(dy.double() @ weight, grad_input) > 40
