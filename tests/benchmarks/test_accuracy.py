@@ -23,8 +23,7 @@ from benchmarks import (
 from benchmarks import accuracy_texts as texts
 from benchmarks.peers import QuaffLinear
 from examples import word_problems
-from quaff_fx.numerics import sqnr_db
-from tests.data import dequantized_rows, normal, planted_outliers, quaff_output
+from tests.data import dequantized_rows, normal, planted_outliers, quaff_output, sqnr_db
 from tests.models import float_llama, tiny_llama, token_ids, trained_tokenizer
 
 CHANNELS = [3, 17]
