@@ -85,9 +85,7 @@ def medians(calls: dict[str, Callable[[], object]]) -> dict[str, float]:
 @functools.cache
 def peak(variant: str, activation_max: int) -> float:
     """Returns the operations per second and thread of a variant's dot product in registers."""
-    from torch._inductor.codecache import CppCodeCache
-
-    library = CppCodeCache.load(cpu.build.source() + PEAK, extra_flags=cpu.VARIANTS[variant], needs_vec_isa=False)
+    library = cpu.build.compiled(cpu.build.source() + PEAK, cpu.VARIANTS[variant])
     rates = []
     for _ in range(7):
         start = time.thread_time()

@@ -1,7 +1,6 @@
 """The Dynamo backend: rewrites what was traced and hands it to Inductor.
 
-With `decompositions.py` and `calls.py` the only files of the package that touch torch's private modules
-(read in torch 2.13).
+Which private modules of torch it touches, and which other files do, is in docs/architecture.md (read in torch 2.13).
 """
 
 from __future__ import annotations
@@ -199,7 +198,7 @@ def _compile(graph_module: GraphModule, example_inputs: Sequence[Any]) -> Callab
         "unsafe_marked_cacheable_functions": {"quaff_fx.decompositions": decompositions.cache_salt()},
         "post_grad_custom_pre_pass": _LoweringPasses(),
     }
-    with _AUTOGRAD:
+    with _autograd_config():
         run: Callable[..., Any] = _inductor.compile_fx(
             graph_module, list(example_inputs), inner_compile=_compile_inner, config_patches=patches
         )
@@ -217,16 +216,18 @@ class _LoweringPasses(CustomGraphPass):
         return get_hash_for_files(tuple(str(path) for path in sorted(Path(str(pipeline.__file__)).parent.glob("*.py"))))
 
 
-_AUTOGRAD = torch._functorch.config.patch(
-    # Normalized and gated activations, which adapters multiply in backward, are computed again from what is saved
-    # anyway: one pointwise loop instead of a third of all saved activations.
-    ban_recompute_materialized_backward=False,
-    # Backward would write into a saved activation, and a second backward over the same forward would be an error.
-    donated_buffer=False,
-    # Otherwise backward is compiled when it first runs, in whatever thread, without this config.
-    force_non_lazy_backward_lowering=True,
-)
-"""How AOTAutograd makes forward and backward of a graph. (Read in torch 2.13.)"""
+def _autograd_config() -> contextlib.AbstractContextManager[Any]:
+    """How AOTAutograd makes forward and backward of a graph; made anew, since several threads may be in it."""
+    patch: contextlib.AbstractContextManager[Any] = torch._functorch.config.patch(
+        # Normalized and gated activations, which adapters multiply in backward, are computed again from what is saved
+        # anyway: one pointwise loop instead of a third of all saved activations.
+        ban_recompute_materialized_backward=False,
+        # Backward would write into a saved activation, and a second backward over the same forward would be an error.
+        donated_buffer=False,
+        # Otherwise backward is compiled when it first runs, in whatever thread, without this config.
+        force_non_lazy_backward_lowering=True,
+    )
+    return patch
 
 
 def _compile_inner(*args: Any, **kwargs: Any) -> Any:
@@ -265,7 +266,7 @@ def lower(graph_module: GraphModule, fake_inputs: Sequence[Any], autocast: Autoc
         partition_fn=min_cut_rematerialization_partition,
     )
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_AUTOGRAD)
+        stack.enter_context(_autograd_config())
         for kind, dtype, is_on in autocast:
             stack.enter_context(torch.autocast(kind, dtype=dtype, enabled=is_on))
         compile_lowered(graph_module, list(fake_inputs))

@@ -55,7 +55,7 @@ _limit_before = 0
 
 
 def _with_recompile_limit(compiled: Callable[..., Any]) -> Callable[..., Any]:
-    """For torch 2.11, which has one limit for all threads; `config.patch` costs 50 µs, and keeps one value for each."""
+    """For torch 2.11, which has one limit for all threads; `config.patch` costs 90 µs, and keeps one value for each."""
 
     def limited(*args: Any) -> Any:
         global _limit_calls, _limit_before

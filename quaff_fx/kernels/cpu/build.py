@@ -161,18 +161,24 @@ def _with_headers(name: str, seen: set[str]) -> str:
 def library(variant: str) -> ctypes.CDLL:
     """Returns the library of a variant, compiled at the first call."""
     check_variant(variant)
-    from torch._inductor.codecache import CppCodeCache
-
     # Inductor's cache key holds "-march=native" but not what that means; a cache folder shared between machines would
     # hand one machine's code to another.
     processor = hashlib.sha256(" ".join(sorted(_cpu_flags())).encode()).hexdigest()
     # The warnings are gcc bug 105593, in its own AVX512 headers.
     flags = (*VARIANTS[variant], "-ffp-contract=fast", "-Wno-uninitialized", "-Wno-maybe-uninitialized")
     code = f"// CPU features: {processor}\n{source()}"
+    return with_signatures(compiled(code, flags))
+
+
+def compiled(code: str, flags: tuple[str, ...]) -> ctypes.CDLL:
+    """Returns the library that C++ `code` makes, compiled with `flags` beside Inductor's own, or taken from its cache."""
+    from torch._inductor.codecache import CppCodeCache
+
     options: dict[str, Any] = {"extra_flags": flags, "needs_vec_isa": False}
     if "needs_vec_isa" not in inspect.signature(CppCodeCache.load_async).parameters:
-        del options["needs_vec_isa"]  # torch 2.11 and 2.12: flags of the best instruction set that change no result
-    return with_signatures(CppCodeCache.load(code, **options))
+        del options["needs_vec_isa"]  # torch 2.11 and 2.12 add the flags of the best instruction set instead
+    library: ctypes.CDLL = CppCodeCache.load(code, **options)
+    return library
 
 
 def with_signatures(library: ctypes.CDLL) -> ctypes.CDLL:
