@@ -171,7 +171,7 @@ def library(variant: str) -> ctypes.CDLL:
 
 
 def compiled(code: str, flags: tuple[str, ...]) -> ctypes.CDLL:
-    """Returns the library that C++ `code` makes, compiled with `flags` beside Inductor's own, or taken from its cache."""
+    """Returns the library that C++ `code` makes with `flags` beside Inductor's own, or takes it from its cache."""
     from torch._inductor.codecache import CppCodeCache
 
     options: dict[str, Any] = {"extra_flags": flags, "needs_vec_isa": False}
