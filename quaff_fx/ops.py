@@ -382,7 +382,6 @@ def linear(
         bias=bias,
         out_dtype=x.dtype,
         activation_max=activation_max,
-        rotation=1,
     )
     # Not `reshape`: autograd forbids to edit the view that a custom op returns in place, as AdaLoRA does.
     return torch.ops.aten._unsafe_view.default(y, [*x.shape[:-1], w_int8.shape[0]])  # type: ignore[no-any-return]
@@ -409,10 +408,6 @@ def linear_grad_input(
         w_int8=w_int8,
         transpose_w=True,
         a_scale=g_scale,
-        w_scale=None,
-        a_outlier=None,
-        w_outlier=None,
-        bias=None,
         out_dtype=grad_output.dtype,
         activation_max=activation_max,
         rotation=rotation,
@@ -424,9 +419,13 @@ def linear_grad_input(
 
 
 def _int8_product(**given: Any) -> Tensor:
-    """Where the kernel owns the epilogue the op, one node; elsewhere plain aten, whose epilogue Inductor fuses."""
+    """Where the kernel owns the epilogue the op, one node; elsewhere plain aten, whose epilogue Inductor fuses.
+
+    What is not given of the epilogue is left out.
+    """
+    nothing = {"w_scale": None, "a_outlier": None, "w_outlier": None, "bias": None, "rotation": 1}
     call = int8_linear.target if kernels_of(given["a_int8"].device).owns_epilogue else int8_linear.compute
-    return call(*arguments(int8_linear.target, **given))  # type: ignore[no-any-return]
+    return call(*arguments(int8_linear.target, **{**nothing, **given}))  # type: ignore[no-any-return]
 
 
 @_op(fake=_fake_quantize_activation, verify=_verify_quantize_activation)

@@ -28,25 +28,14 @@ def int8_linear(
     rotation: int = 1,
     variant: str = DEFAULT_VARIANT,
 ) -> Tensor:
-    """Returns ``acc * a_scale[:, None] * w_scale + a_outlier @ w_outlier + bias`` with ``acc = a wᵀ`` or ``a w``.
+    """Returns `reference.int8_linear` of CPU tensors, in the compiled kernel; operands and result are those there.
 
     The integers are added up exactly in int32; the rest happens in float32 before the result leaves the registers.
-    With a `rotation` the first term, the scaled product, is rotated (`numerics.rotate`).
 
     Args:
-        a_int8: (T, K), or (T, N) with `transpose_w`; int8 in ±`activation_max`.
-        w_int8: (N, K) int8 in ±127.
-        transpose_w: False: ``a wᵀ``, C = N result columns; True: ``a w``, C = K.
-        activation_max: 127 or 63, a promise about `a_int8`. With 63 an AVX2 machine uses an instruction that would
-            saturate with larger values.
-        a_scale: (T,) float32. w_scale: (C,) float32. bias: (C,) float32. Each may be missing.
-        a_outlier: (T, O) float32. w_outlier: (O, C) float32. Both or neither.
-        out_dtype: float32, bfloat16 or float16; or int32 for ``acc`` itself, without scales.
-        rotation: B, a power of two that divides C; 1 is none.
-        variant: a key of `VARIANTS`.
-
-    Returns:
-        (T, C) of `out_dtype`.
+        activation_max: a promise about `a_int8`. With 63 an AVX2 machine uses an instruction that would saturate with
+            larger values.
+        variant: a key of `build.VARIANTS`.
 
     Raises:
         ShapeError: a shape, dtype or device does not fit, the reduction is so long that int32 could overflow, or
