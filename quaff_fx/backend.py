@@ -156,10 +156,12 @@ class QuantizeBackend:
     def _compiled(self, graph_module: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any] | None:
         """What Inductor makes of the graph; None if it cannot compile here."""
         self.obstacle = self.obstacle or cpu.obstacle()
-        if self.obstacle is None:
+        while self.obstacle is None:
             try:
                 return _compile(graph_module, example_inputs)
             except Exception as error:
+                if cpu.remove_cut_off(error):
+                    continue
                 # Where not even the kernel can be compiled, the reason is not in the graph.
                 self.obstacle = cpu.obstacle_to_kernel() or cpu.obstacle_of(error)
                 if self.obstacle is None:

@@ -130,6 +130,21 @@ def test_a_compiler_of_c_is_slow_and_said_once(as_usual: tuple[float, float], tm
 
 @pytest.mark.compile
 @pytest.mark.slow
+def test_libraries_that_a_killed_process_left_cut_off_are_compiled_anew(
+    as_usual: tuple[float, float], tmp_path: Path
+) -> None:
+    cache = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    trained(cache)
+    libraries = list(tmp_path.rglob("*.main.so"))
+    for index, library in enumerate(libraries):
+        with library.open("r+b") as file:
+            file.truncate((0, 20, library.stat().st_size // 2)[index % 3])
+    assert len(libraries) > 3
+    assert trained(cache) == (*as_usual, [])
+
+
+@pytest.mark.compile
+@pytest.mark.slow
 def test_a_cache_folder_that_cannot_be_made_is_said_at_import(tmp_path: Path) -> None:
     """PyTorch makes it when its compiler is imported. Below a file, since root may write into any folder."""
     (tmp_path / "file").touch()

@@ -10,6 +10,7 @@ from quaff_fx.kernels.cpu.build import (
     obstacle_of,
     obstacle_to_kernel,
     reason_unavailable,
+    remove_cut_off,
 )
 from quaff_fx.kernels.cpu.product import int8_linear, quantize_activation
 
@@ -25,4 +26,5 @@ __all__ = [
     "obstacle_to_kernel",
     "quantize_activation",
     "reason_unavailable",
+    "remove_cut_off",
 ]

@@ -77,11 +77,14 @@ def obstacle_to_kernel(variant: str = DEFAULT_VARIANT) -> Obstacle | None:
     found = obstacle()
     if found is not None:
         return found
-    try:
-        library(variant)
-    except Exception as error:  # no OpenMP, a compiler that is too old, a full disk, ...: all mean the same here
-        return obstacle_of(error) or _broken_compiler(error)
-    return None
+    while True:
+        try:
+            library(variant)
+        except Exception as error:  # no OpenMP, a compiler that is too old, a full disk, ...: all mean the same here
+            if not remove_cut_off(error):
+                return obstacle_of(error) or _broken_compiler(error)
+        else:
+            return None
 
 
 def obstacle() -> Obstacle | None:
@@ -123,6 +126,24 @@ def obstacle_of(error: BaseException) -> Obstacle | None:
             "Make room there, or set TORCHINDUCTOR_CACHE_DIR to a folder that can be written.",
         )
     return None
+
+
+_CUT_OFF = re.compile(r"(.+?\.so): (file too short|invalid ELF header|ELF load command past end|cannot read file data)")
+
+
+def remove_cut_off(error: BaseException) -> bool:
+    """Removes the compiled file that an error names as cut off; tells whether there was one, to be compiled anew.
+
+    A process that is killed while the linker writes leaves such a file in Inductor's cache, which takes it for whole.
+    """
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    error = getattr(error, "inner_exception", error)
+    found = _CUT_OFF.match(str(error)) if isinstance(error, (ImportError, OSError)) else None
+    if found is None or not (path := Path(found[1])).is_relative_to(cache_dir()) or not path.exists():
+        return False
+    path.unlink()
+    return True
 
 
 def _no_compiler() -> Obstacle:
