@@ -23,7 +23,7 @@ from benchmarks import peers
 from benchmarks.peers import PAPER, QuaffLinear, adapted_layers, with_base_layers
 from examples.word_problems import Batch
 from quaff_fx.api import stages_of
-from quaff_fx.state import RUN
+from quaff_fx.weights.owners import RUN
 
 ACTIVATION_MAX = {8: 127, 7: 63}
 

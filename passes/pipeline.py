@@ -9,7 +9,7 @@ from quaff_fx.passes.fold import FoldLowRankProducts
 from quaff_fx.passes.infrastructure import RunResult, run_passes
 from quaff_fx.passes.normalize import NormalizeProducts
 from quaff_fx.passes.quantize import QuantizeLinears
-from quaff_fx.readable import readable
+from quaff_fx.passes.readable import readable
 
 
 def quantize(graph_module: GraphModule) -> RunResult:

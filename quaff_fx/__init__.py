@@ -35,18 +35,18 @@ except OSError as _error:
 from quaff_fx.api import calibrate as calibrate
 from quaff_fx.api import compile as compile
 from quaff_fx.api import dequantize as dequantize
-from quaff_fx.checkpoint import from_pretrained as from_pretrained
-from quaff_fx.checkpoint import load_checkpoint as load_checkpoint
 from quaff_fx.config import QuaffConfig as QuaffConfig
 from quaff_fx.errors import QuaffError as QuaffError
 from quaff_fx.errors import QuaffWarning as QuaffWarning
-from quaff_fx.explain import explain as explain
-from quaff_fx.graphs import graphs as graphs
-from quaff_fx.merging import merge_into_checkpoint as merge_into_checkpoint
-from quaff_fx.snapshot import load_state as load_state
-from quaff_fx.snapshot import load_state_dict as load_state_dict
-from quaff_fx.snapshot import save_state as save_state
-from quaff_fx.snapshot import state_dict as state_dict
+from quaff_fx.files.loading import from_pretrained as from_pretrained
+from quaff_fx.files.loading import load_checkpoint as load_checkpoint
+from quaff_fx.files.merging import merge_into_checkpoint as merge_into_checkpoint
+from quaff_fx.files.snapshot import load_state as load_state
+from quaff_fx.files.snapshot import load_state_dict as load_state_dict
+from quaff_fx.files.snapshot import save_state as save_state
+from quaff_fx.files.snapshot import state_dict as state_dict
+from quaff_fx.reports.explain import explain as explain
+from quaff_fx.reports.graphs import graphs as graphs
 
 if _TYPE_CHECKING:
     from quaff_fx.trainer import QuaffCallback as QuaffCallback

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from quaff_fx import calls, checkpoint, hosts, state
+from quaff_fx import calls, hosts
 from quaff_fx.config import QuaffConfig
 from quaff_fx.errors import CalibrationError, ConfigError
-from quaff_fx.sites import check_loaded, choose_blocks, find_sites
+from quaff_fx.sites import check_loaded, choose_blocks, config_of, find_sites
 from quaff_fx.stages import ATTRIBUTE, Stages
+from quaff_fx.weights import owners
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -37,13 +38,13 @@ def compile(model: Model, config: QuaffConfig | Mapping[str, Any] | None = None)
     if not isinstance(model, nn.Module):
         raise ConfigError(f"model: is a {type(model).__name__}, expected a torch.nn.Module. Pass the model itself.")
     if config is None:
-        config = checkpoint.config_of(model) or QuaffConfig()
+        config = config_of(model) or QuaffConfig()
     if isinstance(config, Mapping):
         config = QuaffConfig(**config)
     if not isinstance(config, QuaffConfig):
         raise ConfigError(f"config: is a {type(config).__name__}, expected a QuaffConfig, a mapping or None. Pass one.")
     for name, module in model.named_modules():
-        if ATTRIBUTE in module.__dict__ or state.quantized_in(module):
+        if ATTRIBUTE in module.__dict__ or owners.quantized_in(module):
             raise ConfigError(
                 f"{name or 'model'}: was already compiled by quaff_fx, expected a plain model. Use it as it is (an "
                 "adapter can be added to it), or call quaff_fx.dequantize(model) first."
@@ -123,13 +124,13 @@ def dequantize(model: Model) -> Model:
         ConfigError: the model was not compiled by quaff_fx and holds no int8 weight.
     """
     every = _all_stages(model)
-    int8 = state.int8_places(model)
+    int8 = owners.int8_places(model)
     if not every and not int8:
         raise _not_compiled()
     for stages in every:
         stages.uninstall()
-    for places in state.int8_places(model):
-        state.restore(places)
+    for places in owners.int8_places(model):
+        owners.restore(places)
     return model
 
 

@@ -16,14 +16,14 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from quaff_fx import distributed, numerics, state
+from quaff_fx import distributed, numerics
 from quaff_fx.config import QuaffConfig
 from quaff_fx.errors import CalibrationError, QuaffWarning
 from quaff_fx.kernels import dispatch
 from quaff_fx.observe import Seen, Statistics
 from quaff_fx.ops import IN_DIM_UNSEEN, STATIC_MOMENTUM
 from quaff_fx.sites import Site
-from quaff_fx.state import OutlierState, QuantizedWeight
+from quaff_fx.weights import OutlierState, QuantizedWeight, owners
 
 
 @dataclass(frozen=True)
@@ -106,14 +106,14 @@ def apply(plan: Plan, *, progress: bool) -> None:
         site = choice.site
         weight = None
         for module, parameter in site.places:  # all of them share one
-            if (done := state.quantized_in(module).get(parameter)) is not None:
+            if (done := owners.quantized_in(module).get(parameter)) is not None:
                 weight = done
                 continue
             if weight is None:
                 if not site.weight.is_int8:
                     held.append((site.weight_name, weakref.ref(site.weight.tensors[0])))
                 weight = converted(choice, plan.columns.get(site.weight_name))
-            state.attach(module, state.states_of(module) | {parameter: weight})
+            owners.attach(module, owners.states_of(module) | {parameter: weight})
     _warn_of_held_weights(held)
     _return_freed_memory()
 

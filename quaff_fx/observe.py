@@ -15,11 +15,11 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from quaff_fx import numerics
 from quaff_fx.errors import CalibrationError
-from quaff_fx.int8_weight import Int8Weight, product_operands
 from quaff_fx.ops import IN_DIM_CONFLICT, IN_DIM_UNSEEN
 from quaff_fx.passes import matching
 from quaff_fx.sites import Site
-from quaff_fx.state import weights_in
+from quaff_fx.weights.int8_weight import Int8Weight, product_operands
+from quaff_fx.weights.owners import weights_in
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,8 @@ from quaff_fx.errors import ConfigError
 from quaff_fx.hosts import adapters_own_parameters, model_name
 from quaff_fx.kernels.dispatch import reason_unsupported
 from quaff_fx.numerics import INT32_MAX_REDUCTION
-from quaff_fx.state import FloatWeight, LoadedWeight, QuantizedWeight, Weight, quantized_in, weight_of, weights_in
+from quaff_fx.weights import FloatWeight, LoadedWeight, QuantizedWeight, Weight
+from quaff_fx.weights.owners import quantized_in, weight_of, weights_in
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -103,6 +104,16 @@ def find_sites(model: nn.Module, config: QuaffConfig, *, is_loading: bool = Fals
 
 
 _TABLES = (nn.Embedding, nn.EmbeddingBag)
+
+
+CONFIG_ATTRIBUTE = "_quaff_config"
+"""A model that was loaded as int8 carries the config of its loading under this name."""
+
+
+def config_of(model: nn.Module) -> QuaffConfig | None:
+    """Returns the config that a model (or the one it wraps) was loaded as int8 with, None if it was not."""
+    found = (getattr(module, CONFIG_ATTRIBUTE, None) for module in model.modules())
+    return next((config for config in found if isinstance(config, QuaffConfig)), None)
 
 
 def check_loaded(sites: list[Site]) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from quaff_fx import calls, convert, hosts, state
+from quaff_fx import calls, convert, hosts
 from quaff_fx.backend import Graph, QuantizeBackend
 from quaff_fx.config import QuaffConfig
 from quaff_fx.convert import Plan
@@ -23,7 +23,7 @@ from quaff_fx.forwards import Awaited, Forwards, is_in_backward
 from quaff_fx.notices import Notices
 from quaff_fx.observe import Observer, Statistics
 from quaff_fx.sites import Site, callers_of
-from quaff_fx.state import QuantizedWeight
+from quaff_fx.weights import QuantizedWeight, owners
 
 ATTRIBUTE = "_quaff"
 """A compiled model, and all modules between it and its blocks, carry its `Stages` under this name."""
@@ -321,11 +321,11 @@ class Stages:
         self._compiled, self._int8 = None, []
         if self.stage == "quantize":
             self._compiled = calls.compiled_forward(QuantizeBackend(self.graphs, calls.RECOMPILE_LIMIT))
-            weights = [(s.weight_name, state.quantized_in(s.module).get(s.parameter)) for s in self.active_sites()]
+            weights = [(s.weight_name, owners.quantized_in(s.module).get(s.parameter)) for s in self.active_sites()]
             self._int8 = [(name, weight) for name, weight in weights if weight is not None]
         for block in self.blocks:
-            state.set_block(block, True)
-            block.__dict__[state.RUN] = self.run_block
+            owners.set_block(block, True)
+            block.__dict__[owners.RUN] = self.run_block
         for module in self.callers:
             calls.install(module, self.run)
             module.__dict__[ATTRIBUTE] = self
@@ -334,11 +334,11 @@ class Stages:
         """Gives the model back with plain float weights and its own calls; dequantized if it was converted."""
         self._close_bar()
         with self._forwards.alone():
-            for places in [*(site.places for site in self.sites), *state.int8_places(self.model)]:
-                state.restore(places)
+            for places in [*(site.places for site in self.sites), *owners.int8_places(self.model)]:
+                owners.restore(places)
             for block in self.blocks:
-                block.__dict__.pop(state.RUN, None)
-                state.set_block(block, False)
+                block.__dict__.pop(owners.RUN, None)
+                owners.set_block(block, False)
             hosts.show_hooks(self.model)
             for module in reversed(self.callers):  # the model last: until then this can be called again
                 calls.uninstall(module)

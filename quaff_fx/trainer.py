@@ -18,10 +18,10 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
-from quaff_fx import snapshot
 from quaff_fx.api import stages_of
-from quaff_fx.checkpoint import PathLike
 from quaff_fx.errors import CheckpointError, ConfigError, QuaffWarning
+from quaff_fx.files import snapshot
+from quaff_fx.files.checkpoint import PathLike
 
 TRAINER_STATE = "trainer_state.json"
 """The last file of a checkpoint that Trainer writes, and before it deletes an older one (read in transformers 5.24)."""

@@ -21,13 +21,20 @@ import torch
 from torch import Tensor, nn
 
 import quaff_fx
-from quaff_fx import api, calls, convert, forwards, int8_weight, observe, saved_state, sites, snapshot, stages, state
+import quaff_fx.weights as weights
+from quaff_fx import api, calls, convert, forwards, observe, sites, stages
+from quaff_fx.files import saved_state, snapshot
 from quaff_fx.stages import ATTRIBUTE
+from quaff_fx.weights import owners
 from tests.blocks import Block
 
 FILES = {
     module.__file__
-    for module in (api, calls, convert, forwards, int8_weight, observe, saved_state, sites, snapshot, stages, state)
+    for module in (
+        *(api, calls, convert, forwards, observe, sites, stages),
+        *(weights.float, weights.int8_weight, weights.loaded, weights.owners, weights.quantized, weights.state),
+        *(saved_state, snapshot),
+    )
 }
 CONFIG = {"calibration_steps": 2, "progress": False}
 
@@ -119,7 +126,7 @@ def dequantize(again: Again) -> nn.Module:
     model = converted()
 
     def to_float() -> None:
-        if any(ATTRIBUTE in module.__dict__ or state.states_of(module) for module in model.modules()):
+        if any(ATTRIBUTE in module.__dict__ or owners.states_of(module) for module in model.modules()):
             quaff_fx.dequantize(model)
 
     again(to_float)
@@ -176,7 +183,7 @@ def outcome(program: Callable[[Again], nn.Module], again: Again) -> dict[str, An
     if any(ATTRIBUTE in module.__dict__ for module in model.modules()):
         found["explained"] = str(quaff_fx.explain(model))
         found["steps"] = quaff_fx.explain(model).steps
-    found["output"] = model(batch(9)).detach() if not any(map(state.states_of, model.modules())) else None
+    found["output"] = model(batch(9)).detach() if not any(map(owners.states_of, model.modules())) else None
     return found
 
 

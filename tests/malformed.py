@@ -25,7 +25,7 @@ from transformers import TrainerState
 import quaff_fx
 from quaff_fx import trainer
 from quaff_fx.errors import QuaffError
-from quaff_fx.saved_state import METADATA, SavedState
+from quaff_fx.files.saved_state import METADATA, SavedState
 
 QUIET = {"progress": False}
 INDEX = "model.safetensors.index.json"

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import quaff_fx
-from quaff_fx import state
 from quaff_fx.api import stages_of
+from quaff_fx.weights import owners
 from tests.architectures import ARCHITECTURES, Batch
 from tests.models import cosine
 
@@ -80,7 +80,7 @@ def eager_step_at_seven_bits(model: nn.Module, batch: Batch) -> Step:
     quaff_fx.compile(model, QUIET | {"activation_bits": 7})
     quaff_fx.calibrate(model, [batch])
     for block in stages_of(model).blocks:
-        del block.__dict__[state.RUN]
+        del block.__dict__[owners.RUN]
     return step(model, batch)
 
 

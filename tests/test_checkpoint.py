@@ -20,10 +20,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
 import quaff_fx
-from quaff_fx import state, stored_tensor
+from quaff_fx import weights
 from quaff_fx.errors import CheckpointError, ConfigError
-from quaff_fx.state import LoadedWeight, QuantizedWeight
-from quaff_fx.stored_tensor import StoredTensor
+from quaff_fx.files import loading, stored_tensor
+from quaff_fx.files.stored_tensor import StoredTensor
+from quaff_fx.weights import LoadedWeight, QuantizedWeight, owners
 from tests.interrupted_lines import interrupted_at
 from tests.models import Run, cosine, float_llama, token_ids, with_lora
 
@@ -81,10 +82,10 @@ def test_linears_of_the_blocks_are_int8_and_the_rest_is_what_was_saved(tmp_path)
     assert_same_buffers(model, original)
     for name, parameter in original.named_parameters():
         owner = model.get_submodule(name.rpartition(".")[0])
-        if not state.states_of(owner):
+        if not owners.states_of(owner):
             assert torch.equal(model.get_parameter(name), parameter)
             continue
-        loaded = state.states_of(owner)["weight"]
+        loaded = owners.states_of(owner)["weight"]
         assert loaded.rotation == (32 if "down_proj" in name else 16)  # the largest power of two in 96 and in 48
         w_int8, w_scale = quaff_fx.numerics.quantize_weight(parameter, loaded.rotation)
         assert torch.equal(loaded.w_int8, w_int8)
@@ -268,7 +269,7 @@ def assert_same_state(model: nn.Module, other: nn.Module) -> None:
 def test_an_interrupted_loading_gives_the_model_back(tmp_path):
     save_file(two_blocks().state_dict(), tmp_path / "model.safetensors")
     expected, model = (meta_blocks() for _ in range(2))
-    files = (quaff_fx.checkpoint, stored_tensor, state)
+    files = (loading, stored_tensor, owners, weights.state, weights.loaded)
     lines = interrupted_at(partial(quaff_fx.load_checkpoint, expected, tmp_path, QUIET), None, files)
     before = contents(model)
     interrupted = 0
@@ -376,7 +377,7 @@ def test_a_weight_of_several_modules_is_loaded_once_and_is_at_every_place(tmp_pa
         model = Shared()
     quaff_fx.load_checkpoint(model, tmp_path, QUIET)
     first, second = model.blocks
-    assert state.states_of(first[0])["weight"] is state.states_of(second[0])["weight"]
+    assert owners.states_of(first[0])["weight"] is owners.states_of(second[0])["weight"]
     assert model.alias is first[1]
     assert len({id(module) for module in model.modules() if isinstance(module, LoadedWeight)}) == 3
     x = torch.randn(3, 12)
@@ -513,7 +514,7 @@ def test_a_copy_trains_on_its_own(tmp_path, copied, is_compiled):
 def test_the_state_dict_of_a_loaded_model_loads_into_another(tmp_path):
     first, second = loaded_llama(saved(tmp_path / "a")), loaded_llama(saved(tmp_path / "b"))
     layer = second.model.layers[0].mlp.up_proj
-    state.states_of(layer)["weight"].w_int8.zero_()
+    owners.states_of(layer)["weight"].w_int8.zero_()
     second.load_state_dict(first.state_dict())
     assert torch.equal(layer.weight + 0, first.model.layers[0].mlp.up_proj.weight + 0)
     keys = [key for key in first.state_dict() if "layers.0.mlp.up_proj" in key]

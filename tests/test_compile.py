@@ -14,9 +14,8 @@ import torch
 from torch import nn
 
 import quaff_fx
-from quaff_fx import state
 from quaff_fx.api import stages_of
-from quaff_fx.state import QuantizedWeight
+from quaff_fx.weights import QuantizedWeight, owners
 from tests.models import Run, cosine, float_llama, int8_products, tiny_llama, token_ids, with_lora
 
 pytestmark = pytest.mark.compile
@@ -118,7 +117,7 @@ class TestNumbers:
         in_float = copy.deepcopy(model)
         quaff_fx.dequantize(in_float)
         for block in stages_of(model).blocks:
-            block.__dict__[state.RUN] = lambda block, args, kwargs: block.quaff_forward(*args, **kwargs)
+            block.__dict__[owners.RUN] = lambda block, args, kwargs: block.quaff_forward(*args, **kwargs)
         eager = run.step(token_ids())
         # The same integers, up to a rounding tie decided by the order of float operations.
         assert eager == pytest.approx(compiled, rel=1e-4)

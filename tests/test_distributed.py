@@ -16,7 +16,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import quaff_fx
-from quaff_fx.state import QuantizedWeight
+from quaff_fx.weights import QuantizedWeight
 from tests.models import VOCABULARY, tiny_llama
 
 pytestmark = [pytest.mark.distributed, pytest.mark.compile, pytest.mark.slow]

@@ -12,9 +12,9 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import quaff_fx
-from quaff_fx import state
 from quaff_fx.api import stages_of
 from quaff_fx.errors import ConfigError, WeightError
+from quaff_fx.weights import owners
 from tests.blocks import QUIET, Block, Net, batch, converted, step
 from tests.models import float_llama, token_ids, with_lora
 
@@ -26,7 +26,7 @@ def eager():
 
 
 def int8_modules(model: nn.Module) -> list[nn.Module]:
-    return [module for module in model.modules() if state.states_of(module)]
+    return [module for module in model.modules() if owners.states_of(module)]
 
 
 def is_plain(model: nn.Module) -> bool:
@@ -333,5 +333,5 @@ def test_modules_to_save_of_an_int8_module_are_trained_in_float() -> None:
     assert any("modules_to_save.other.weight" in name for name in trained)
     assert all(p.grad is not None for p in trained.values())
     wrapper = model.base_model.model.body.blocks[0].down
-    dequantized = state.float_copy(wrapper.original_module).weight
+    dequantized = owners.float_copy(wrapper.original_module).weight
     assert torch.equal(wrapper.modules_to_save["other"].weight, dequantized)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from quaff_fx.saved_state import SavedState
+from quaff_fx.files.saved_state import SavedState
 from tests import malformed
 
 CASES = 400

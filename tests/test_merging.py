@@ -21,8 +21,8 @@ from torch.distributed.fsdp import fully_shard
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
 import quaff_fx
-from quaff_fx import checkpoint, merging, stored_tensor
 from quaff_fx.errors import CheckpointError, WeightError
+from quaff_fx.files import checkpoint, merging, stored_tensor
 from tests.interrupted_lines import interrupted_at
 from tests.models import VOCABULARY, float_llama, token_ids
 
@@ -384,13 +384,13 @@ class TestShards:
 
     def test_that_change_while_they_are_merged(self, tmp_path, monkeypatch):
         source = sharded(tmp_path / "source", {"0": "w.safetensors", "1": "v.safetensors"})
-        copy_files = merging._copy_other_files
+        copy_files = checkpoint.copy_other_files
 
         def copy_and_change(*args):
             copy_files(*args)
             save_file(two_layers().state_dict() | {"2.weight": torch.zeros(1)}, source / "w.safetensors")
 
-        monkeypatch.setattr(merging, "_copy_other_files", copy_and_change)
+        monkeypatch.setattr(checkpoint, "copy_other_files", copy_and_change)
         self.assert_refused(source, tmp_path / "output", r"w\.safetensors: has changed since 0\.\w+ was read from it")
 
     def assert_refused(self, source, output, match):
@@ -558,7 +558,7 @@ class TestBadInput:
         def full(*_, **__):
             raise OSError("No space left on device")
 
-        monkeypatch.setattr(merging, "_copy_other_files", full)
+        monkeypatch.setattr(checkpoint, "copy_other_files", full)
         match = r"o: cannot be written \(No space left on device\), expected room for a copy of"
         self.refused(model, source, tmp_path / "o", CheckpointError, match)
 

@@ -13,7 +13,8 @@ from torch.utils.checkpoint import checkpoint
 
 import quaff_fx
 from quaff_fx.api import stages_of
-from quaff_fx.state import RUN, QuantizedWeight, int8_places
+from quaff_fx.weights import QuantizedWeight
+from quaff_fx.weights.owners import RUN, int8_places
 from tests.models import Run, cosine, float_llama, tiny_llama, token_ids, with_lora
 
 pytestmark = [pytest.mark.compile, pytest.mark.slow]

@@ -15,15 +15,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 from torch.utils.checkpoint import checkpoint
 
-from quaff_fx import numerics, state
+from quaff_fx import numerics
 from quaff_fx.config import QuaffConfig
 from quaff_fx.errors import CalibrationError
-from quaff_fx.int8_weight import Int8Weight
+from quaff_fx.files.stored_tensor import StoredTensor
 from quaff_fx.observe import Observer, Seen, Statistics
 from quaff_fx.ops import IN_DIM_CONFLICT, IN_DIM_UNSEEN
 from quaff_fx.sites import Site, find_sites
-from quaff_fx.state import LoadedWeight
-from quaff_fx.stored_tensor import StoredTensor
+from quaff_fx.weights import LoadedWeight, owners
+from quaff_fx.weights.int8_weight import Int8Weight
 from tests.data import normal
 from tests.models import tiny_llama, token_ids
 
@@ -559,7 +559,7 @@ def loaded_site(in_dim: int = 1) -> Site:
     site = layer_of(weight)
     source = StoredTensor("gone.safetensors", "weight", (4, 4), torch.float32, 0, 0)
     loaded = LoadedWeight(*numerics.quantize_weight(weight), in_dim, 1, torch.float32, source)
-    state.attach(site.module, {"weight": loaded})
+    owners.attach(site.module, {"weight": loaded})
     return site
 
 

@@ -24,8 +24,9 @@ from peft import (
 from torch import nn
 
 import quaff_fx
-from quaff_fx import backend, state
+from quaff_fx import backend
 from quaff_fx.api import stages_of
+from quaff_fx.weights import owners
 from tests.models import Run, cosine, float_llama, int8_products, tiny_llama, token_ids, with_lora
 
 pytestmark = [pytest.mark.compile, pytest.mark.slow]
@@ -182,7 +183,7 @@ class TestFirstQuantizedStep:
         stages = stages_of(run.model)
         stages.convert()
         for block in stages.blocks:
-            del block.__dict__[state.RUN]
+            del block.__dict__[owners.RUN]
         step(run)
         assert_follows(run, trained(name).reference, least=0.95)
 

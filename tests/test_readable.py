@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.fx import Graph, GraphModule
 
-from quaff_fx.readable import _short, readable
+from quaff_fx.passes.readable import _short, readable
 
 
 def graph_of(*names: str, shapes: bool = True) -> GraphModule:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from quaff_fx.errors import CheckpointError
-from quaff_fx.saved_state import METADATA, SavedState
+from quaff_fx.files.saved_state import METADATA, SavedState
 from tests.malformed import converted_state, observed_state
 
 STATES = {"observe": observed_state, "quantize": converted_state}

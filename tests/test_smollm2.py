@@ -7,8 +7,8 @@ import torch
 
 import quaff_fx
 from examples import smollm2, word_problems
-from quaff_fx import state
 from quaff_fx.api import stages_of
+from quaff_fx.weights import owners
 from tests.models import Run, cosine, int8_products, with_lora
 
 pytestmark = [pytest.mark.slow, pytest.mark.compile]
@@ -82,7 +82,7 @@ def test_gradients_follow_float_at_7_bits(batches, float_run):
     model = quaff_fx.compile(adapted()[0], {"activation_bits": 7, "progress": False})
     quaff_fx.calibrate(model, batches[:2])
     for block in stages_of(model).blocks:
-        del block.__dict__[state.RUN]  # the same numbers without compiling once more
+        del block.__dict__[owners.RUN]  # the same numbers without compiling once more
     run = Run(model)
     run.step(batches[-1])
     assert cosine(run.gradients[-1], float_run.gradients[-1]) >= 0.95

@@ -25,8 +25,9 @@ import quaff_fx
 from quaff_fx import calls
 from quaff_fx.api import stages_of
 from quaff_fx.errors import CalibrationError, CheckpointError, ConfigError
-from quaff_fx.saved_state import METADATA, SavedState
-from quaff_fx.state import RUN, OutlierState, QuantizedWeight
+from quaff_fx.files.saved_state import METADATA, SavedState
+from quaff_fx.weights import OutlierState, QuantizedWeight
+from quaff_fx.weights.owners import RUN
 from tests.documentation import code_of
 from tests.models import float_llama, token_ids, with_lora
 

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from quaff_fx import numerics, state
+from quaff_fx import numerics
 from quaff_fx.errors import QuaffError, WeightError
-from quaff_fx.int8_weight import Int8Weight
-from quaff_fx.state import LoadedWeight, OutlierState, QuantizedWeight
-from quaff_fx.stored_tensor import StoredTensor
+from quaff_fx.files.stored_tensor import StoredTensor
+from quaff_fx.weights import FloatWeight, LoadedWeight, OutlierState, QuantizedWeight, owners
+from quaff_fx.weights.int8_weight import Int8Weight
 from tests.data import dequantized_rows, normal, planted_outliers, quaff_error_bound
 
 CHANNELS = [5, 1]
@@ -51,7 +51,7 @@ def frozen(module: nn.Module, seed: int = 0, dtype: torch.dtype = torch.float32)
 
 def quantize(module: nn.Module, in_dim: int = 1, outliers: OutlierState | None = None, q: int = 127) -> QuantizedWeight:
     quantized = QuantizedWeight(module.weight, in_dim, outliers or outlier_state(), q, 1)  # type: ignore[arg-type]
-    state.attach(module, {"weight": quantized})
+    owners.attach(module, {"weight": quantized})
     return quantized
 
 
@@ -94,10 +94,10 @@ def test_a_float_weight_is_left_as_it_is() -> None:
     """A module none of whose weights is int8 is its own class, before and after."""
     module = frozen(nn.Linear(12, 8))
     weight, keys = module.weight, list(module.state_dict())
-    state.restore([(module, "weight")])
-    assert state.states_of(module) == {}
-    assert state.int8_places(module) == []
-    assert type(module) is state.base_class(module) is nn.Linear
+    owners.restore([(module, "weight")])
+    assert owners.states_of(module) == {}
+    assert owners.int8_places(module) == []
+    assert type(module) is owners.base_class(module) is nn.Linear
     assert module.weight is weight
     assert list(module.state_dict()) == keys
 
@@ -108,7 +108,7 @@ def test_a_quantized_weight_comes_back_dequantized_in_its_dtype(dtype: torch.dty
     original = module.weight.clone()
     quantized = quantize(module)
     assert "weight" not in module._parameters, "the float weight is gone"
-    state.restore([(module, "weight")])
+    owners.restore([(module, "weight")])
     assert type(module) is nn.Linear
     assert isinstance(module._parameters["weight"], nn.Parameter)
     assert not module.weight.requires_grad
@@ -123,7 +123,7 @@ def test_a_transposed_weight_comes_back_in_its_own_layout() -> None:
     quantized = quantize(module, in_dim=0)
     assert quantized.w_int8.shape == (8, 12)
     assert module.weight.shape == (12, 8)
-    state.restore([(module, "weight")])
+    owners.restore([(module, "weight")])
     assert module.weight.shape == (12, 8)
     assert module.weight.is_contiguous()
     torch.testing.assert_close(module.weight.double(), reference_weight(quantized).t(), rtol=1e-6, atol=0)
@@ -133,7 +133,7 @@ def test_quantizing_the_restored_weight_again_gives_the_same_integers() -> None:
     """Rounding twice must not drift; the outlier columns may hold a row's largest value, so they are left out."""
     module = frozen(nn.Linear(12, 8))
     quantized = quantize(module)
-    state.restore([(module, "weight")])
+    owners.restore([(module, "weight")])
     w_int8, w_scale = numerics.quantize_weight(module.weight)
     same_scale = torch.isclose(w_scale, quantized.w_scale, rtol=1e-6, atol=0)
     assert same_scale.any()
@@ -149,16 +149,16 @@ def test_two_weights_of_one_module_are_attached_and_restored_one_by_one() -> Non
         "weight": QuantizedWeight(module.weight, 1, outlier_state(), 127, 1),
         "other": loaded(other),
     }
-    state.attach(module, weights)
-    assert state.states_of(module) == weights
-    assert state.int8_places(module) == [[(module, "other")], [(module, "weight")]]
-    state.restore([(module, "weight")])
-    assert list(state.states_of(module)) == ["other"]
+    owners.attach(module, weights)
+    assert owners.states_of(module) == weights
+    assert owners.int8_places(module) == [[(module, "other")], [(module, "weight")]]
+    owners.restore([(module, "weight")])
+    assert list(owners.states_of(module)) == ["other"]
     assert isinstance(module.other, Int8Weight)
     assert isinstance(module._parameters["weight"], nn.Parameter)
-    state.restore([(module, "other")])
+    owners.restore([(module, "other")])
     assert type(module) is nn.Bilinear
-    assert state.states_of(module) == {}
+    assert owners.states_of(module) == {}
     assert torch.equal(module._parameters["other"], weights["other"].dequantized())
     assert (module.other - other).abs().max() <= 0.51 * weights["other"].w_scale.max()
 
@@ -173,9 +173,9 @@ def test_one_class_serves_all_modules_of_a_kind() -> None:
     assert type(conv) is not type(first)
     assert isinstance(conv, Conv1D)
     as_int8 = frozen(nn.Linear(3, 4))
-    state.attach(as_int8, {"weight": loaded(as_int8.weight)})
+    owners.attach(as_int8, {"weight": loaded(as_int8.weight)})
     assert type(as_int8) is type(first), "how it became int8 is in the state, not in the class"
-    assert {state.base_class(m) for m in (first, second, as_int8)} == {nn.Linear}
+    assert {owners.base_class(m) for m in (first, second, as_int8)} == {nn.Linear}
 
 
 class Interrupt(BaseException):
@@ -188,20 +188,20 @@ def test_an_interrupted_attach_leaves_the_module_as_it_was(monkeypatch: pytest.M
     module.weight = nn.Parameter(normal(6, 12, seed=0), requires_grad=False)
     module.other = nn.Parameter(normal(5, 12, seed=1), requires_grad=False)
     states = {name: loaded(getattr(module, name)) for name in ("weight", "other")}
-    state.attach(module, {"weight": states["weight"]})
+    owners.attach(module, {"weight": states["weight"]})
     before = (type(module), dict(module._modules), dict(module._parameters))
 
     def interrupt(*_: object) -> None:
         raise Interrupt
 
     if moment == "class":
-        monkeypatch.setattr(state, "_set_class", interrupt)
+        monkeypatch.setattr(owners, "_set_class", interrupt)
     else:
         monkeypatch.setattr(states["weight" if moment == "state" else "other"], "train", interrupt)
     with pytest.raises(Interrupt):
-        state.attach(module, states)
+        owners.attach(module, states)
     with pytest.raises(Interrupt):
-        state.attach(module, {"other": states["other"]} if moment != "state" else states, weight=module.bias)
+        owners.attach(module, {"other": states["other"]} if moment != "state" else states, weight=module.bias)
     assert (type(module), module._modules, module._parameters) == before
     assert list(module._modules) == list(before[1])
     assert isinstance(module.weight, Int8Weight)
@@ -212,23 +212,23 @@ def test_modules_that_share_a_weight_share_it_again_once_it_is_float() -> None:
     first, second, other = (frozen(nn.Linear(12, 8)) for _ in range(3))
     second.weight = first.weight
     quantized = quantize(first)
-    state.attach(second, {"weight": quantized})
+    owners.attach(second, {"weight": quantized})
     quantize(other)
     model = nn.ModuleList([first, second, other, second])
-    assert state.int8_places(model) == [[(first, "weight"), (second, "weight")], [(other, "weight")]]
-    state.restore([(first, "weight"), (second, "weight")])
+    assert owners.int8_places(model) == [[(first, "weight"), (second, "weight")], [(other, "weight")]]
+    owners.restore([(first, "weight"), (second, "weight")])
     assert first.weight is second.weight
     assert isinstance(first.weight, nn.Parameter)
     assert type(first) is type(second) is nn.Linear
-    assert state.int8_places(model) == [[(other, "weight")]]
+    assert owners.int8_places(model) == [[(other, "weight")]]
 
 
 def test_an_interrupted_restore_is_gone_on_with(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two modules share a weight: the second call gives the second module what the first one has got already."""
     first, second = frozen(nn.Linear(12, 8)), frozen(nn.Linear(12, 8))
     places = [(first, "weight"), (second, "weight")]
-    state.attach(second, {"weight": quantize(first)})
-    attach, attached = state.attach, []
+    owners.attach(second, {"weight": quantize(first)})
+    attach, attached = owners.attach, []
 
     def attach_once(module: nn.Module, *args: object, **weights: nn.Parameter) -> None:
         if attached:
@@ -236,16 +236,16 @@ def test_an_interrupted_restore_is_gone_on_with(monkeypatch: pytest.MonkeyPatch)
         attached.append(module)
         attach(module, *args, **weights)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(state, "attach", attach_once)
+    monkeypatch.setattr(owners, "attach", attach_once)
     with pytest.raises(Interrupt):
-        state.restore(places)
+        owners.restore(places)
     weight = first.weight
     assert type(first) is nn.Linear
     assert isinstance(second.weight, Int8Weight), "it can be called meanwhile"
-    monkeypatch.setattr(state, "attach", attach)
-    state.restore(places)
+    monkeypatch.setattr(owners, "attach", attach)
+    owners.restore(places)
     assert first.weight is second.weight is weight
-    state.restore(places)
+    owners.restore(places)
     assert first.weight is second.weight is weight, "nothing is left to do"
 
 
@@ -253,7 +253,7 @@ def test_an_interrupted_restore_is_gone_on_with(monkeypatch: pytest.MonkeyPatch)
 def test_a_restored_weight_can_be_trained_wherever_it_was_restored(mode: Callable[[], AbstractContextManager]) -> None:
     module = quantized_linear()
     with mode():
-        state.restore([(module, "weight")])
+        owners.restore([(module, "weight")])
     assert not module.weight.is_inference()
     module.weight.requires_grad_(True)
     module(normal(3, 12, seed=1)).sum().backward()
@@ -263,22 +263,22 @@ def test_a_restored_weight_can_be_trained_wherever_it_was_restored(mode: Callabl
 def test_a_float_copy_has_no_int8_weight_and_the_original_keeps_its_own() -> None:
     """PEFT copies modules to be saved: what it trains must be float."""
     first, second, plain = frozen(nn.Linear(12, 8)), frozen(nn.Linear(12, 8)), nn.Linear(8, 8)
-    state.attach(second, {"weight": quantize(first)})
+    owners.attach(second, {"weight": quantize(first)})
     module = nn.ModuleList([first, second, plain, frozen(Conv1D(12, 8))])
     quantize(module[3], in_dim=0)
-    copied = state.float_copy(module)
-    assert state.int8_places(copied) == []
+    copied = owners.float_copy(module)
+    assert owners.int8_places(copied) == []
     assert [type(each) for each in copied] == [nn.Linear, nn.Linear, nn.Linear, Conv1D]
     assert copied[0].weight is copied[1].weight
     assert copied[2].weight is not plain.weight
     assert torch.equal(copied[0].weight, first._modules["quaff_weight"].dequantized())  # type: ignore[union-attr,operator]
     assert copied[3].weight.shape == (12, 8)
-    assert len(state.int8_places(module)) == 2
+    assert len(owners.int8_places(module)) == 2
     assert isinstance(first.weight, Int8Weight)
 
 
 def test_a_float_copy_of_a_module_that_is_int8_itself() -> None:
-    copied = state.float_copy(quantized_linear())
+    copied = owners.float_copy(quantized_linear())
     assert type(copied) is nn.Linear
     assert isinstance(copied.weight, nn.Parameter)
 
@@ -410,7 +410,7 @@ READS: dict[str, Callable[[Tensor], Tensor]] = {
 @pytest.mark.parametrize("read", READS.values(), ids=READS)
 def test_other_ops_see_the_dequantized_weight(read: Callable[[Tensor], Tensor]) -> None:
     module = quantized_linear()
-    (quantized,) = state.states_of(module).values()
+    (quantized,) = owners.states_of(module).values()
     assert isinstance(quantized, QuantizedWeight)
     result = read(module.weight)
     torch.testing.assert_close(result.double(), reference_weight(quantized), rtol=1e-5, atol=1e-6)
@@ -430,7 +430,7 @@ def test_the_view_tells_its_shape_dtype_and_device_without_data() -> None:
 
 def test_the_gradient_of_an_eager_linear_is_dy_w() -> None:
     module = quantized_linear()
-    (quantized,) = state.states_of(module).values()
+    (quantized,) = owners.states_of(module).values()
     assert isinstance(quantized, QuantizedWeight)
     x, dy = normal(4, 12, seed=1).requires_grad_(), normal(4, 8, seed=2)
     module(x).backward(dy)
@@ -456,7 +456,7 @@ def test_while_traced_a_read_is_one_marker_with_all_the_state(monkeypatch: pytes
     assert module.weight.shape == (8, 12)
     assert conv.weight.shape == (12, 8)
     as_int8 = frozen(Conv1D(12, 8))
-    state.attach(as_int8, {"weight": loaded(as_int8.weight, in_dim=0)})
+    owners.attach(as_int8, {"weight": loaded(as_int8.weight, in_dim=0)})
     assert type(as_int8.weight) is Tensor
     assert as_int8.weight.shape == (12, 8)
 
@@ -465,7 +465,7 @@ def test_while_another_thread_compiles_eager_code_reads_as_ever(monkeypatch: pyt
     """`torch.compiler.is_compiling()` is true in all threads while one compiles."""
     module = quantized_linear()
     as_int8 = frozen(Conv1D(12, 8))
-    state.attach(as_int8, {"weight": loaded(as_int8.weight, in_dim=0)})
+    owners.attach(as_int8, {"weight": loaded(as_int8.weight, in_dim=0)})
     monkeypatch.setattr(torch.compiler, "_is_compiling_flag", True)
     assert torch.compiler.is_compiling()
     assert isinstance(module.weight, Int8Weight)
@@ -606,9 +606,9 @@ def test_the_weight_of_another_module_is_refused_too() -> None:
 def test_what_was_read_may_be_assigned_back() -> None:
     """PEFT does so when it unloads an adapter."""
     module = quantized_linear()
-    (quantized,) = state.states_of(module).values()
+    (quantized,) = owners.states_of(module).values()
     module.weight = module.weight
-    assert list(state.states_of(module).values()) == [quantized]
+    assert list(owners.states_of(module).values()) == [quantized]
     assert "weight" not in module._parameters
 
 
@@ -648,7 +648,7 @@ VALUES = {
 @pytest.mark.parametrize("edit", VALUES.values(), ids=VALUES)
 def test_an_edit_of_the_parts_makes_the_weight_unusable(edit: Callable[[QuantizedWeight], object]) -> None:
     """An average of weights edits all parameters alike."""
-    (quantized,) = state.states_of(quantized_linear()).values()
+    (quantized,) = owners.states_of(quantized_linear()).values()
     assert isinstance(quantized, QuantizedWeight)
     assert quantized.reason_unusable() == ""
     with torch.no_grad():
@@ -662,7 +662,7 @@ def test_an_edit_of_the_parts_makes_the_weight_unusable(edit: Callable[[Quantize
 
 @pytest.mark.parametrize("part", ["w_scale", "w_outlier"])
 def test_a_part_that_is_to_be_trained_makes_the_weight_unusable(part: str) -> None:
-    (quantized,) = state.states_of(quantized_linear()).values()
+    (quantized,) = owners.states_of(quantized_linear()).values()
     assert isinstance(quantized, QuantizedWeight)
     getattr(quantized, part).requires_grad_(True)
     assert quantized.reason_unusable() == "is to be trained (requires_grad)"
@@ -684,7 +684,7 @@ HARMLESS: dict[str, Callable[[nn.Module], object]] = {
 @pytest.mark.parametrize("change", HARMLESS.values(), ids=HARMLESS)
 def test_what_keeps_the_values_or_brings_whole_ones_is_no_edit(change: Callable[[nn.Module], object]) -> None:
     module = quantized_linear()
-    (quantized,) = state.states_of(module).values()
+    (quantized,) = owners.states_of(module).values()
     assert isinstance(quantized, QuantizedWeight)
     with torch.no_grad():
         change(module)
@@ -702,7 +702,7 @@ def test_a_copy_that_was_made_in_inference_mode_is_usable() -> None:
     module = quantized_linear()
     with torch.inference_mode():
         copied = copy.deepcopy(module)
-    (quantized,) = state.states_of(copied).values()
+    (quantized,) = owners.states_of(copied).values()
     assert isinstance(quantized, QuantizedWeight)
     assert quantized.w_int8.is_inference()
     assert quantized.reason_unusable() == ""
@@ -744,7 +744,7 @@ class Block(nn.Module):
 
 def test_a_block_looks_like_its_own_class() -> None:
     block = Block()
-    state.set_block(block, True)
+    owners.set_block(block, True)
     cls = type(block)
     assert cls is not Block
     assert isinstance(block, Block)
@@ -752,20 +752,20 @@ def test_a_block_looks_like_its_own_class() -> None:
     assert cls.__doc__ == Block.__doc__
     assert block.forward.__doc__ == "Doc of forward."
     assert inspect.signature(block.forward) == inspect.signature(Block().forward)
-    assert state.base_class(block) is Block
+    assert owners.base_class(block) is Block
     other = Block()
-    state.set_block(other, True)
+    owners.set_block(other, True)
     assert type(other) is cls, "one class, or no two blocks would share a graph"
-    state.set_block(block, True)
+    owners.set_block(block, True)
     assert type(block) is cls
-    state.set_block(block, False)
+    owners.set_block(block, False)
     assert type(block) is Block
 
 
 def test_a_block_runs_its_forward_through_what_it_was_given() -> None:
     block, x = Block(), normal(3, 12, seed=1)
     expected = block(x, factor=2.0)
-    state.set_block(block, True)
+    owners.set_block(block, True)
     assert torch.equal(block(x, factor=2.0), expected), "on its own without"
     seen: list[object] = []
 
@@ -773,7 +773,7 @@ def test_a_block_runs_its_forward_through_what_it_was_given() -> None:
         seen.append((module, args, kwargs))
         return module.quaff_forward(*args, **kwargs)  # type: ignore[operator,no-any-return]
 
-    block.__dict__[state.RUN] = run
+    block.__dict__[owners.RUN] = run
     hooked: list[nn.Module] = []
     with block.register_forward_hook(lambda module, *_: hooked.append(module)):
         assert torch.equal(block(x, factor=2.0), expected)
@@ -787,21 +787,21 @@ def test_a_block_that_owns_an_int8_weight() -> None:
     expected = block(x)
     quantize(block, in_dim=0)
     assert type(block).__name__ == "QuaffBlock"
-    state.set_block(block, True)
+    owners.set_block(block, True)
     assert type(block).__name__ == "Block"
     assert isinstance(block.weight, Int8Weight)
     assert (block(x) - expected).norm() < 0.05 * expected.norm()
     with pytest.raises(WeightError):
         block.weight = torch.zeros(12, 12)
-    state.set_block(block, False)
+    owners.set_block(block, False)
     assert type(block).__name__ == "QuaffBlock"
     assert isinstance(block.weight, Int8Weight)
-    state.set_block(block, True)
-    state.restore([(block, "weight")])
+    owners.set_block(block, True)
+    owners.restore([(block, "weight")])
     assert type(block).__name__ == "Block"
     assert isinstance(block.weight, nn.Parameter)
-    assert state.base_class(block) is Block
-    state.set_block(block, False)
+    assert owners.base_class(block) is Block
+    owners.set_block(block, False)
     assert type(block) is Block
 
 
@@ -838,9 +838,9 @@ def test_float32_state_stays_float32_and_the_weight_follows(
 @pytest.mark.parametrize("move", [lambda m: m.half(), lambda m: m.to(torch.bfloat16), lambda m: m.double()])
 def test_scales_of_a_weight_that_was_loaded_stay_float32(move: Callable[[nn.Module], nn.Module]) -> None:
     module = frozen(nn.Linear(12, 8))
-    state.attach(module, {"weight": loaded(module.weight)})
+    owners.attach(module, {"weight": loaded(module.weight)})
     move(module)
-    (weight,) = state.states_of(module).values()
+    (weight,) = owners.states_of(module).values()
     assert isinstance(weight, LoadedWeight)
     assert (weight.w_int8.dtype, weight.w_scale.dtype) == (torch.int8, torch.float32)
     assert weight.dtype == module.weight.dtype == module.bias.dtype
@@ -892,8 +892,8 @@ def test_copies_are_equal_and_independent(copied: Callable[[nn.Module], nn.Modul
 @COPIES
 def test_a_module_that_was_loaded_as_int8_survives_a_copy(copied: Callable[[nn.Module], nn.Module]) -> None:
     module = frozen(Conv1D(12, 8))
-    state.attach(module, {"weight": loaded(module.weight, in_dim=0)})
-    (weight,), (other,) = (state.states_of(each).values() for each in (module, copied(module)))
+    owners.attach(module, {"weight": loaded(module.weight, in_dim=0)})
+    (weight,), (other,) = (owners.states_of(each).values() for each in (module, copied(module)))
     assert isinstance(other, LoadedWeight)
     assert (other.in_dim, other.rotation, other.dtype, other.source) == (0, 1, torch.float32, weight.source)
     assert torch.equal(other.dequantized(), weight.dequantized())
@@ -910,7 +910,7 @@ def test_shared_outlier_state_stays_shared(
     for module in model:
         quantize(module, outliers=outliers)
     model = copied(move(model))
-    first, second = (state.states_of(module)["weight"] for module in model)
+    first, second = (owners.states_of(module)["weight"] for module in model)
     assert isinstance(first, QuantizedWeight)
     assert isinstance(second, QuantizedWeight)
     assert first.outliers is second.outliers
@@ -928,16 +928,16 @@ def test_a_copy_of_a_block_runs_on_its_own(copied: Callable[[nn.Module], nn.Modu
     if is_int8:
         quantize(block, in_dim=0)
         quantize(block.up)
-    state.set_block(block, True)
+    owners.set_block(block, True)
     expected = block(x)
-    block.__dict__[state.RUN] = pytest.fail
+    block.__dict__[owners.RUN] = pytest.fail
     other = copied(block)
     assert type(other) is type(block)
-    assert state.RUN not in other.__dict__
-    assert block.__dict__[state.RUN] is pytest.fail
+    assert owners.RUN not in other.__dict__
+    assert block.__dict__[owners.RUN] is pytest.fail
     assert torch.equal(other(x), expected)
-    assert len(state.int8_places(other)) == 2 * is_int8
-    state.set_block(other, False)
+    assert len(owners.int8_places(other)) == 2 * is_int8
+    owners.set_block(other, False)
     assert type(other).__name__ == ("QuaffBlock" if is_int8 else "Block")
 
 
@@ -986,7 +986,7 @@ def test_the_next_smoothing_scale_counts_only_after_commit() -> None:
 def test_every_kind_of_weight_answers_in_the_layout_of_the_parameter(in_dim: int) -> None:
     parameter = nn.Parameter(normal(8, 12, seed=0), requires_grad=False)
     matrix = parameter if in_dim == 1 else parameter.t()
-    plain = state.FloatWeight(parameter)
+    plain = FloatWeight(parameter)
     outliers = OutlierState(torch.tensor([1, 4]), torch.ones(2), torch.full((2,), torch.inf), 1.0)
     from_float = plain.quantized(in_dim, outliers, 127, 1, None)
     source = loaded(parameter, in_dim)
@@ -1000,5 +1000,5 @@ def test_every_kind_of_weight_answers_in_the_layout_of_the_parameter(in_dim: int
     assert torch.equal(from_float.w_outlier, from_int8.w_outlier)
     forms = [[weight.form(is_observed) for is_observed in (True, False)] for weight in (plain, source, from_float)]
     assert forms == [["observed", "float"], ["observed (int8)", "int8 weight"], ["int8", "int8"]]
-    assert state.FloatWeight(None).reason_not_observable() == "weight was replaced while it was observed"
+    assert FloatWeight(None).reason_not_observable() == "weight was replaced while it was observed"
     assert source.reason_not_observable() == plain.reason_not_observable() == ""

@@ -18,11 +18,10 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
 import quaff_fx
-from quaff_fx import state
 from quaff_fx.errors import CheckpointError, ConfigError, QuaffWarning
-from quaff_fx.saved_state import SavedState
+from quaff_fx.files.saved_state import SavedState
 from quaff_fx.stages import Stages
-from quaff_fx.state import QuantizedWeight
+from quaff_fx.weights import QuantizedWeight, owners
 from tests.documentation import code_of
 from tests.models import float_llama, token_ids, with_lora
 
@@ -100,7 +99,7 @@ def dies_while_calibrating() -> None:
 
 def dies_while_converting() -> None:
     """When five of the fourteen weights are int8: the conversion is due when the fourth step is to be saved."""
-    attach, converted = state.attach, []
+    attach, converted = owners.attach, []
 
     def attach_until(module: nn.Module, states: dict[str, Any], **weights: nn.Parameter) -> None:
         attach(module, states, **weights)
@@ -108,7 +107,7 @@ def dies_while_converting() -> None:
         if len(converted) == 5:
             die()
 
-    state.attach = attach_until
+    owners.attach = attach_until
 
 
 def dies_while_saving_the_state() -> None:

@@ -15,7 +15,7 @@ from benchmarks import accuracy_forms as forms
 from benchmarks.accuracy_forms import DEFAULT, PAPER_FORM, Form, FormLinear
 from quaff_fx import numerics
 from quaff_fx.ops import STATIC_MOMENTUM
-from quaff_fx.state import OutlierState, QuantizedWeight
+from quaff_fx.weights import OutlierState, QuantizedWeight
 from tests.data import normal, planted_outliers, sqnr_db
 from tests.models import float_llama, token_ids
 

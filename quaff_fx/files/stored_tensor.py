@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from quaff_fx.errors import CheckpointError
-from quaff_fx.layout import as_matrix, swapped_shape
+from quaff_fx.weights.layout import as_matrix, swapped_shape
 
 CHUNK_BYTES = 2**24
 """A matrix is read in parts of about this size, so that no float copy of a whole one is ever needed."""

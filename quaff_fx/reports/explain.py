@@ -14,7 +14,7 @@ from quaff_fx.api import stages_of
 from quaff_fx.kernels.dispatch import kernels_of
 from quaff_fx.sites import Site
 from quaff_fx.stages import Stages
-from quaff_fx.state import FloatWeight
+from quaff_fx.weights import FloatWeight
 
 SHOWN_CHANNELS = 4
 

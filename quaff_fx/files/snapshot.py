@@ -18,16 +18,16 @@ from torch import Tensor, nn
 
 from quaff_fx import convert, distributed
 from quaff_fx.api import stages_of
-from quaff_fx.checkpoint import PathLike
 from quaff_fx.config import QuaffConfig
 from quaff_fx.convert import Choice, Plan
 from quaff_fx.errors import CheckpointError
+from quaff_fx.files.checkpoint import PathLike
+from quaff_fx.files.saved_state import NUMBERS, OUTLIERS, STATISTICS, SavedState
 from quaff_fx.observe import Statistics
 from quaff_fx.ops import STATIC_MOMENTUM
-from quaff_fx.saved_state import NUMBERS, OUTLIERS, STATISTICS, SavedState
 from quaff_fx.sites import Site
 from quaff_fx.stages import Calibration, Stages
-from quaff_fx.state import OutlierState, Weight
+from quaff_fx.weights import OutlierState, Weight
 
 FILE = "quaff_state.safetensors"
 

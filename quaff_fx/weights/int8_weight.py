@@ -12,7 +12,7 @@ from quaff_fx.errors import WeightError
 
 
 class LinearState(Protocol):
-    """What an `Int8Weight` needs of a `state.Int8State`."""
+    """What an `Int8Weight` needs of a `weights.Int8State`."""
 
     in_dim: int
     dtype: torch.dtype

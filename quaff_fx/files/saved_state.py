@@ -18,8 +18,8 @@ from safetensors.torch import save
 from torch import Tensor
 
 from quaff_fx.errors import CheckpointError
+from quaff_fx.files.stored_tensor import READING_ERRORS, unreadable
 from quaff_fx.ops import IN_DIM_CONFLICT, IN_DIM_UNSEEN
-from quaff_fx.stored_tensor import READING_ERRORS, unreadable
 
 FORMAT = 2
 """Of what is saved; any other is refused. 1 had no checksum."""

@@ -2,36 +2,40 @@
 
 from __future__ import annotations
 
-import difflib
-import json
-import os
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from quaff_fx import numerics, state
+from quaff_fx import numerics
 from quaff_fx.config import QuaffConfig
 from quaff_fx.errors import CheckpointError, ConfigError
+from quaff_fx.files.checkpoint import (
+    CONVERT,
+    INDEX,
+    SINGLE,
+    PathLike,
+    and_more,
+    files_of,
+    files_of_folder,
+    near,
+    renamed,
+    shards_of,
+    stored_in,
+    weight_map_of,
+)
+from quaff_fx.files.stored_tensor import StoredTensor
 from quaff_fx.hosts import is_conv1d
-from quaff_fx.layout import swapped_shape
-from quaff_fx.sites import Site, choose_blocks, find_sites
-from quaff_fx.state import LoadedWeight
-from quaff_fx.stored_tensor import StoredTensor, stored_tensors
-
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
-CONFIG_ATTRIBUTE = "_quaff_config"
-"""A model that was loaded here carries the config it was loaded with under this name."""
-
-PathLike = str | os.PathLike[str]
+from quaff_fx.sites import CONFIG_ATTRIBUTE, Site, choose_blocks, find_sites
+from quaff_fx.weights import LoadedWeight, owners
+from quaff_fx.weights.layout import swapped_shape
 
 
 def from_pretrained(
@@ -112,14 +116,8 @@ def load_checkpoint(
         ConfigError: the config is wrong, or no weight could be int8.
         CheckpointError: a file is missing, truncated or of another kind, or names or shapes do not fit the model.
     """
-    _load(model, _files(files), _checked(config), dtype)
+    _load(model, files_of(files), _checked(config), dtype)
     return model
-
-
-def config_of(model: nn.Module) -> QuaffConfig | None:
-    """Returns the config that a model (or the one it wraps) was loaded with, None if it was not loaded here."""
-    found = (getattr(module, CONFIG_ATTRIBUTE, None) for module in model.modules())
-    return next((config for config in found if isinstance(config, QuaffConfig)), None)
 
 
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
@@ -149,9 +147,9 @@ def _checked(config: QuaffConfig | Mapping[str, Any] | None) -> QuaffConfig:
 @torch.inference_mode(False)  # what is loaded may take part in training
 def _load(model: nn.Module, files: list[Path], config: QuaffConfig, dtype: torch.dtype | None) -> None:
     for name, module in model.named_modules():
-        if state.states_of(module):
+        if owners.states_of(module):
             raise ConfigError(f"{name}: holds int8 weights already, expected a model with plain ones. Build a new one.")
-    targets = _plan(model, _stored(files))
+    targets = _plan(model, stored_in(files))
     sites = find_sites(model, config, is_loading=True)
     for site in sites:
         if not site.reason and _in_dim(site) is None:
@@ -219,7 +217,7 @@ def _load_int8(site: Site, stored: StoredTensor, dtype: torch.dtype | None, conf
         return False
     loaded = LoadedWeight(w_int8, w_scale, in_dim, rotation, dtype, stored)
     for module, name in site.places:
-        state.attach(module, state.states_of(module) | {name: loaded})
+        owners.attach(module, owners.states_of(module) | {name: loaded})
     return True
 
 
@@ -246,20 +244,20 @@ def _plan(model: nn.Module, stored: dict[str, StoredTensor]) -> list[_Target]:
                 names[id(tensor)].append(f"{prefix}.{name}" if prefix else name)
                 tensors[id(tensor)] = tensor
     known = {name for same in names.values() for name in same}
-    stored = _renamed(model, stored, known)
+    stored = renamed(model, stored, known)
 
     ignored = [*(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()), r"rotary_emb\.inv_freq$"]
     unexpected = [n for n in stored if n not in known and not any(re.search(pattern, n) for pattern in ignored)]
     missing = [same[0] for same in names.values() if not any(name in stored for name in same)]
     if missing:
         raise CheckpointError(
-            f"{missing[0]}: is missing in the files{_and_more(missing)}{_near(missing[0], unexpected or stored)}, "
+            f"{missing[0]}: is missing in the files{and_more(missing)}{near(missing[0], unexpected or stored)}, "
             "expected every parameter of the model. Use the class that the checkpoint was saved from."
         )
     if unexpected:
         raise CheckpointError(
-            f"{unexpected[0]}: is in the files but not in the model{_and_more(unexpected)}"
-            f"{_near(unexpected[0], known)}, expected only its parameters. Use the class that the checkpoint was saved "
+            f"{unexpected[0]}: is in the files but not in the model{and_more(unexpected)}"
+            f"{near(unexpected[0], known)}, expected only its parameters. Use the class that the checkpoint was saved "
             "from."
         )
     targets = []
@@ -286,138 +284,23 @@ def _plan(model: nn.Module, stored: dict[str, StoredTensor]) -> list[_Target]:
     return targets
 
 
-def _renamed(model: nn.Module, stored: dict[str, StoredTensor], known: set[str]) -> dict[str, StoredTensor]:
-    """`stored` by the names of the model: a checkpoint of the bare decoder lacks a prefix, or has one too many."""
-    prefix = f"{getattr(model, 'base_model_prefix', '')}."
-    if prefix == "." or any(name in known for name in stored):
-        return stored
-    if any(prefix + name in known for name in stored):
-        return {prefix + name: tensor for name, tensor in stored.items()}
-    return {name.removeprefix(prefix): tensor for name, tensor in stored.items()}
-
-
-def _stored(files: list[Path]) -> dict[str, StoredTensor]:
-    """What all files hold, by name."""
-    found: dict[str, StoredTensor] = {}
-    for file in files:
-        for name, tensor in stored_tensors(file).items():
-            if name in found:
-                raise CheckpointError(
-                    f"{name}: is in {found[name].path} and in {file}, expected in one file. Pass one checkpoint only."
-                )
-            found[name] = tensor
-    return found
-
-
-def _files(files: PathLike | Iterable[PathLike]) -> list[Path]:
-    """The safetensors files of a folder, or those given."""
-    if not isinstance(files, (str, os.PathLike)):
-        paths = [Path(file) for file in files]
-    elif Path(files).is_dir():
-        return _files_of_folder(Path(files))
-    else:
-        paths = [Path(files)]
-    for path in paths:
-        if not _is_file(path):
-            raise CheckpointError(f"{path}: is no file, expected a safetensors file or a folder. Correct the path.")
-        if path.suffix != ".safetensors":
-            raise CheckpointError(f"{path}: is no safetensors file, expected one. {_CONVERT}")
-    if not paths:
-        raise CheckpointError("files: are none, expected at least one safetensors file. Pass some.")
-    return paths
-
-
-_CONVERT = "Load it with transformers and save it with save_pretrained, which writes safetensors."
-
-
-def _files_of_folder(folder: Path) -> list[Path]:
-    single, index = folder / SINGLE, folder / INDEX
-    if _is_file(single) and _is_file(index):
-        return [_checked_single(single, index)]
-    if _is_file(single):
-        return [single]
-    if _is_file(index):
-        return _shards(index)
-    others = sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".gguf"))
-    is_other = f"has {others[0]} but no safetensors file" if others else "has no safetensors file"
-    raise CheckpointError(f"{folder}: {is_other}, expected {SINGLE} or {INDEX}. {_CONVERT}")
-
-
-def _checked_single(single: Path, index: Path) -> Path:
-    """`single`, which is read where both are there, as transformers does; refused if the index knows of more."""
-    stored = stored_tensors(single)
-    lacking = [name for name in _weight_map(index) if name not in stored]
-    if lacking:
-        raise CheckpointError(
-            f"{single}: lacks {lacking[0]}{_and_more(lacking)} of {index.name} beside it, expected one checkpoint in a "
-            "folder. Remove the one that is not meant."
-        )
-    return single
-
-
-def _shards(index: Path) -> list[Path]:
-    """The files of an index; raises `CheckpointError` unless each holds what the index says of it."""
-    weight_map = _weight_map(index)
-    shards = sorted({index.parent / name for name in weight_map.values()})
-    for shard in shards:
-        if not _is_file(shard):
-            raise CheckpointError(f"{shard}: is missing, expected every file of {index.name}. Fetch it.")
-    stored = {shard: stored_tensors(shard) for shard in shards}
-    for name, file in weight_map.items():
-        if name not in stored[index.parent / file]:
-            raise CheckpointError(
-                f"{name}: is not in {index.parent / file}, expected it there: {index.name} says so. Fetch or save the "
-                "checkpoint again."
-            )
-    return shards
-
-
-def _weight_map(index: Path) -> dict[str, str]:
-    """Which file holds which tensor, by its path below the folder of the index."""
-    try:
-        content = json.loads(index.read_text(encoding="utf-8"))
-        weight_map = content["weight_map"]
-        files = set(weight_map.values())
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(
-            f"{index}: cannot be read ({error}), expected JSON with a weight_map. Fetch or save the checkpoint again."
-        ) from error
-    if not files:
-        raise CheckpointError(f"{index}: names no tensors, expected some. Fetch or save the checkpoint again.")
-    for file in files:
-        path = PurePath(file) if isinstance(file, str) else PurePath()
-        if path.suffix != ".safetensors" or path.is_absolute() or path.drive or ".." in path.parts:
-            raise CheckpointError(
-                f"{index}: names {file!r:.200}, expected safetensors files below its folder. Correct the weight_map."
-            )
-    return dict(weight_map)
-
-
-def _is_file(path: Path) -> bool:
-    """As `Path.is_file`, False as well for what can be no name of a file."""
-    try:
-        return path.is_file()
-    except (OSError, ValueError):
-        return False
-
-
 def _resolved_files(folder_or_id: PathLike, hub: dict[str, Any]) -> list[Path]:
     """The safetensors files of a folder or of an id on the hub, fetched by transformers if they are not here."""
     if Path(folder_or_id).is_dir():
-        return _files_of_folder(Path(folder_or_id) / (hub.get("subfolder") or ""))
+        return files_of_folder(Path(folder_or_id) / (hub.get("subfolder") or ""))
     from transformers.utils import hub as transformers_hub
 
     optional = {"_raise_exceptions_for_missing_entries": False}
     if (single := transformers_hub.cached_file(folder_or_id, SINGLE, **optional, **hub)) is not None:
         return [Path(single)]
     if (index := transformers_hub.cached_file(folder_or_id, INDEX, **optional, **hub)) is not None:
-        transformers_hub.cached_files(folder_or_id, sorted(set(_weight_map(Path(index)).values())), **hub)
-        return _shards(Path(index))  # fetched, and in one folder with it
-    raise CheckpointError(f"{folder_or_id}: has no safetensors file, expected {SINGLE} or {INDEX}. {_CONVERT}")
+        transformers_hub.cached_files(folder_or_id, sorted(set(weight_map_of(Path(index)).values())), **hub)
+        return shards_of(Path(index))  # fetched, and in one folder with it
+    raise CheckpointError(f"{folder_or_id}: has no safetensors file, expected {SINGLE} or {INDEX}. {CONVERT}")
 
 
 def _first_floating_dtype(files: list[Path]) -> torch.dtype:
-    dtypes = (tensor.dtype for tensor in _stored(files).values())
+    dtypes = (tensor.dtype for tensor in stored_in(files).values())
     return next((dtype for dtype in dtypes if dtype.is_floating_point), torch.float32)
 
 
@@ -430,12 +313,3 @@ def _load_generation_config(model: Any, folder_or_id: PathLike, hub: dict[str, A
         model.generation_config = GenerationConfig.from_pretrained(folder_or_id, **hub)
     except OSError:  # there is none: the one made from the model's config stays
         return
-
-
-def _and_more(names: list[str]) -> str:
-    return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
-
-
-def _near(name: str, names: Iterable[str]) -> str:
-    near = difflib.get_close_matches(name, sorted(names), n=3, cutoff=0.6)
-    return f" (near: {', '.join(near)})" if near else ""
