@@ -6,6 +6,11 @@ import re
 
 from torch.fx import Graph, GraphModule
 
+from quaff_fx.hosts.peft import BASE_LAYER, DEFAULT_ADAPTER
+
+_INSERTED = (BASE_LAYER, DEFAULT_ADAPTER, "quaff_weight", "outliers")
+"""Parts of a path that say nothing of the model: PEFT's, and those of an int8 weight's own state."""
+
 
 def readable(graph_module: GraphModule) -> str:
     """Returns the code of a graph module and its subgraphs with shapes, short names, and one argument per line.
@@ -29,7 +34,7 @@ def readable(graph_module: GraphModule) -> str:
 def _short(name: str) -> str:
     name = re.sub(r"^[Ll]_(module|args|kwargs|self)?_*", "", name).strip("_")
     name = re.sub(r"(^|_)(modules|parameters|buffers)(?=_)", "", name).strip("_")
-    name = re.sub(r"(^|_)(base_layer|quaff_weight|outliers|default)(?=_|$)", "", name).strip("_")
+    name = re.sub(rf"(^|_)({'|'.join(_INSERTED)})(?=_|$)", "", name).strip("_")
     return name if name and not name[0].isdigit() else f"arg_{name}"
 
 

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from quaff_fx import distributed, numerics
@@ -227,7 +227,7 @@ def _warn_of_held_weights(held: list[tuple[str, weakref.ref[Tensor]]]) -> None:
     if any(id(weight) in held_by_optimizers for _, weight in alive):
         names = ", ".join(sorted({type(o).__name__ for o in optimizers}))
         holder = f" An optimizer ({names}) was built over them: give it only the parameters that require a gradient."
-    elif any(type(o) is nn.parallel.DistributedDataParallel for o in objects):
+    elif distributed.is_wrapper_among(objects):
         holder = " DistributedDataParallel keeps all that it was built over: calibrate before wrapping to free them."
     warnings.warn(
         f"{alive[0][0]} and {len(alive) - 1} more float weights: {size:.1f} MiB are still referenced after conversion, "

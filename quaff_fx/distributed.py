@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def is_initialized() -> bool:
@@ -47,3 +49,8 @@ def whole(tensor: Tensor) -> Tensor:
     """Returns a tensor whole, on every process, if it is sharded (FSDP2 shards int8 weights)."""
     full: Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
     return full
+
+
+def is_wrapper_among(objects: Iterable[object]) -> bool:
+    """Tells whether a `DistributedDataParallel` is among objects; it holds all that it was built over."""
+    return any(type(each) is nn.parallel.DistributedDataParallel for each in objects)

@@ -17,6 +17,12 @@ from quaff_fx.weights import owners
 DEQUANTIZE = "Call quaff_fx.dequantize(model), merge_and_unload() and save_pretrained instead."
 """The way to merge in memory, for error texts."""
 
+BASE_LAYER, ORIGINAL_MODULE = "base_layer", "original_module"
+"""Where PEFT's wrappers keep what they wrap: a tuner layer, and a module to save."""
+
+DEFAULT_ADAPTER = "default"
+"""The name of an adapter that was given none."""
+
 
 def adapters_own_parameters(model: nn.Module) -> set[int]:
     """Returns the ids of the parameters that belong to adapters of PEFT, whether they train or not.
@@ -30,8 +36,8 @@ def adapters_own_parameters(model: nn.Module) -> set[int]:
         return set()
     peft = sys.modules["peft"]
     base_of = {
-        tuners.BaseTunerLayer: "base_layer",
-        wrappers.AuxiliaryTrainingWrapper: "original_module",
+        tuners.BaseTunerLayer: BASE_LAYER,
+        wrappers.AuxiliaryTrainingWrapper: ORIGINAL_MODULE,
         tuners.BaseTuner: "model",
         peft.PeftModel: "base_model",
         peft.PeftMixedModel: "base_model",
@@ -67,7 +73,7 @@ def _holds(module: nn.Module, kind: type) -> bool:
 
 def model_name(name: str) -> str:
     """Returns the name that a module had before PEFT wrapped it: what people write in a pattern."""
-    parts = [part for part in name.removeprefix("base_model.model.").split(".") if part != "base_layer"]
+    parts = [part for part in name.removeprefix("base_model.model.").split(".") if part != BASE_LAYER]
     return ".".join(parts)
 
 
@@ -233,4 +239,4 @@ def adapted_modules(base: nn.Module) -> list[AdaptedModule]:
 
 def stored_name(name: str) -> str:
     """Returns the name under which a checkpoint has what bears `name` in a base model with adapters."""
-    return ".".join(part for part in name.split(".") if part not in ("", "base_layer", "original_module"))
+    return ".".join(part for part in name.split(".") if part not in ("", BASE_LAYER, ORIGINAL_MODULE))
