@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from quaff_fx.errors import WeightError
+from quaff_fx.errors import ConfigError, WeightError
 from quaff_fx.weights import owners
 
 DEQUANTIZE = "Call quaff_fx.dequantize(model), merge_and_unload() and save_pretrained instead."
@@ -85,26 +86,31 @@ def guard_peft() -> None:
     """
     tuners, wrappers = sys.modules.get("peft.tuners.tuners_utils"), sys.modules.get("peft.utils.other")
     if tuners is not None:
-        _replace_method(tuners.BaseTuner, "_check_merge_allowed", _checking_for_int8)
+        _replace_method(tuners.BaseTuner, "_check_merge_allowed", ("self",), _checking_for_int8)
     if wrappers is not None:
-        _replace_method(wrappers.ModulesToSaveWrapper, "update", _copying_in_float)
+        _replace_method(wrappers.ModulesToSaveWrapper, "update", ("self", "adapter_name"), _copying_in_float)
 
 
-def _replace_method(owner: type, name: str, wrap: Callable[[Any], Any]) -> None:
-    original = getattr(owner, name, None)
-    if original is None:
-        raise WeightError(
-            f"peft: {owner.__name__} has no method {name}, expected the one of peft 0.21. Install a version that this "
-            "version of quaff_fx was made for."
+def _replace_method(owner: type, name: str, parameters: tuple[str, ...], wrap: Callable[[Any], Any]) -> None:
+    """Replaces a method of PEFT, which must begin with these parameters: others would mean another thing."""
+    original: Any = getattr(owner, name, None)
+    if hasattr(original, "_quaff_guard"):
+        return
+    found = tuple(inspect.signature(original).parameters) if callable(original) else None
+    if found is None or found[: len(parameters)] != parameters:
+        version = getattr(sys.modules["peft"], "__version__", "of unknown version")
+        what = "no such method" if found is None else f"parameters ({', '.join(found)})"
+        raise ConfigError(
+            f"peft {version}: {owner.__name__}.{name} has {what}, expected parameters ({', '.join(parameters)}, ...) "
+            "as in peft 0.21: without it an adapter would be merged into int8 weights. Install peft>=0.21,<0.22."
         )
-    if not hasattr(original, "_quaff_guard"):
-        guarded: Any = functools.wraps(original)(wrap(original))
-        guarded._quaff_guard = True
-        setattr(owner, name, guarded)
+    guarded: Any = functools.wraps(original)(wrap(original))
+    guarded._quaff_guard = True
+    setattr(owner, name, guarded)
 
 
 def _checking_for_int8(original: Any) -> Any:
-    def check_merge_allowed(tuner: Any) -> Any:
+    def check_merge_allowed(tuner: Any, *args: Any, **kwargs: Any) -> Any:
         tuners = sys.modules["peft.tuners.tuners_utils"]
         for name, module in tuner.model.named_modules():
             if isinstance(module, tuners.BaseTunerLayer) and owners.states_of(module.get_base_layer()):
@@ -113,7 +119,7 @@ def _checking_for_int8(original: Any) -> Any:
                     "an adapter into. Nothing was merged. Call quaff_fx.merge_into_checkpoint(model, source, "
                     "output), which merges into the stored weights, or quaff_fx.dequantize(model) first."
                 )
-        return original(tuner)
+        return original(tuner, *args, **kwargs)
 
     return check_merge_allowed
 
