@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import Tensor
-from torch.fx import Graph, GraphModule, Node, map_arg
+from torch.fx import Graph, GraphModule, Node
 
 from quaff_fx import ops
-from quaff_fx.passes import matching
+from quaff_fx.passes import lowered, matching
 from quaff_fx.passes.infrastructure import Change, PassResult
 
 INT8_LINEAR = ops.int8_linear.target
@@ -38,7 +37,7 @@ class _Term:
 
 @dataclass(frozen=True)
 class FoldLowRankProducts:
-    """Makes a low-rank product that is added to an int8 product part of its outlier correction.
+    """Makes a low-rank product that is added to an int8 product a term of its epilogue.
 
         y = quaff.int8_linear(x_int8, w_int8, False, x_scale, w_scale, x_outlier, w_outlier, bias, dtype, 127, 1)
         z = aten.mm(h, b)  # (T, r) (r, N)
@@ -46,9 +45,10 @@ class FoldLowRankProducts:
 
     Becomes:
 
-        a = aten.cat([x_outlier, h], 1)
-        w = aten.cat([w_outlier, aten.mul(b, 2.0)])
-        out = quaff.int8_linear(x_int8, w_int8, False, x_scale, w_scale, a, w, bias, dtype, 127, 1)
+        w = aten.mul(b, 2.0)
+        out = quaff.int8_linear(
+            x_int8, w_int8, False, x_scale, w_scale, x_outlier, w_outlier, bias, dtype, 127, 1, h, w
+        )
 
     Runs on lowered graphs, forward and backward: it folds an adapter's ``B(A(x))`` in one and its part of the input's
     gradient in the other. The epilogue adds it up in registers, so the low-rank product, as large as y, is neither
@@ -82,7 +82,7 @@ def _fold(graph: Graph, root: Node) -> list[Change]:
         return declined
     tops = {term: term.top for term in terms if term not in low_rank}
     order = {node: index for index, node in enumerate(graph.nodes)}
-    dtype = _value(root).dtype
+    dtype = lowered.value(root).dtype
     changes = []
     for term, share in zip(int8, (low_rank[index :: len(int8)] for index in range(len(int8))), strict=True):
         if share:
@@ -95,12 +95,12 @@ def _fold(graph: Graph, root: Node) -> list[Change]:
             tops[term] = term.views[-1] if term.views else product
             for node in term.views:  # their only reader is the sum, so they can be computed right before it
                 root.prepend(node)
-                node.meta["val"] = _value_of_call(node)
+                node.meta["val"] = lowered.value_of_call(node)
     with graph.inserting_before(root):
         first, *others = tops.values()
         total = first
         for top in others:
-            total = _call(graph, _ADD, self=total, other=top)
+            total = lowered.call(graph, _ADD, self=total, other=top)
     root.replace_all_uses_with(total)
     _erase_unused(graph, root)
     return changes + declined
@@ -108,7 +108,7 @@ def _fold(graph: Graph, root: Node) -> list[Change]:
 
 def _reason_not_folded(term: _Term, is_alone: bool) -> str:
     """Why a product that is added to an int8 product stays out of its epilogue; empty if nothing keeps it."""
-    rank = _value(matching.operands(term.product).self).shape[1]
+    rank = lowered.value(matching.operands(term.product).self).shape[1]
     if not isinstance(rank, int) or rank > MAX_RANK:
         return f"a product of rank {rank} is added to it, folded are those of at most {MAX_RANK}"
     if len(term.product.users) > 1:
@@ -117,22 +117,26 @@ def _reason_not_folded(term: _Term, is_alone: bool) -> str:
 
 
 def _with_low_rank(graph: Graph, product: Node, share: Iterable[_Term], dtype: torch.dtype) -> Node:
-    """Inserts `product` again, with the low-rank products of `share` in its correction and a result of `dtype`."""
+    """Inserts `product` again, with the low-rank products of `share` as its low-rank term and a result of `dtype`."""
     o = matching.operands(product)
-    columns = [] if o.a_outlier is None else [o.a_outlier]
-    rows = [] if o.w_outlier is None else [o.w_outlier]
+    columns = [] if o.a_low_rank is None else [o.a_low_rank]
+    rows = [] if o.w_low_rank is None else [o.w_low_rank]
     for term in share:
         low_rank = matching.operands(term.product)
-        columns.append(_as_float32(graph, low_rank.self))
-        row = _as_float32(graph, low_rank.mat2)
-        rows.append(row if term.factor == 1.0 else _call(graph, _MUL, self=row, other=term.factor))
-    o.a_outlier = columns[0] if len(columns) == 1 else _call(graph, _CAT, tensors=columns, dim=1)
-    o.w_outlier = rows[0] if len(rows) == 1 else _call(graph, _CAT, tensors=rows)
+        columns.append(low_rank.self)
+        row = low_rank.mat2
+        rows.append(row if term.factor == 1.0 else _scaled(graph, row, term.factor))
+    o.a_low_rank = columns[0] if len(columns) == 1 else lowered.call(graph, _CAT, tensors=columns, dim=1)
+    o.w_low_rank = rows[0] if len(rows) == 1 else lowered.call(graph, _CAT, tensors=rows)
     o.out_dtype = dtype
-    folded = _call(graph, INT8_LINEAR, **vars(o))
-    if "custom" in product.meta:
-        folded.meta["custom"] = product.meta["custom"]
-    return folded
+    return lowered.call_again(graph, product, o)
+
+
+def _scaled(graph: Graph, row: Node, factor: float) -> Node:
+    """Inserts `row` times a number, in float32 unless that is exact in its own dtype: times a power of two."""
+    if abs(math.frexp(factor)[0]) != 0.5:
+        row = lowered.converted(graph, row, torch.float32)
+    return lowered.call(graph, _MUL, self=row, other=factor)
 
 
 def _erase_unused(graph: Graph, node: Node) -> None:
@@ -165,7 +169,7 @@ def _term(top: Node) -> _Term:
             break
         views.insert(0, node)
         node = below
-    keeps_rows = _value(node).shape[-1:] == _value(top).shape[-1:]
+    keeps_rows = lowered.value(node).shape[-1:] == lowered.value(top).shape[-1:]
     return _Term(top, node, factor, tuple(views)) if keeps_rows else _Term(top, top, 1.0, ())
 
 
@@ -177,27 +181,4 @@ def _is_sum(node: Node) -> bool:
     if o.alpha != 1 or not isinstance(o.self, Node) or not isinstance(o.other, Node):
         return False
     # As text, since comparing sizes that are symbols would add guards.
-    return len({str(tuple(_value(tensor).shape)) for tensor in (node, o.self, o.other)}) == 1
-
-
-def _as_float32(graph: Graph, node: Any) -> Node:
-    if _value(node).dtype == torch.float32:
-        return node  # type: ignore[no-any-return]
-    return _call(graph, _CONVERT, a=node, dtype=torch.float32)
-
-
-def _call(graph: Graph, target: Any, **operands: Any) -> Node:
-    """Inserts a call, with the value that Inductor reads shapes from."""
-    node = matching.call(graph, target, **operands)
-    node.meta["val"] = _value_of_call(node)
-    return node
-
-
-def _value_of_call(node: Node) -> Tensor:
-    value: Tensor = node.target(*map_arg(node.args, _value))  # type: ignore[operator]
-    return value
-
-
-def _value(node: Any) -> Tensor:
-    value: Tensor = node.meta["val"]
-    return value
+    return len({str(tuple(lowered.value(tensor).shape)) for tensor in (node, o.self, o.other)}) == 1

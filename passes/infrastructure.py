@@ -24,7 +24,7 @@ class Change:
     """
 
     site: str
-    action: Literal["normalized", "quantized", "folded", "left alone"]
+    action: Literal["normalized", "quantized", "folded", "joined", "launched", "left alone"]
     reason: str = ""
 
     def __str__(self) -> str:

@@ -7,6 +7,8 @@ from torch.fx import GraphModule
 from quaff_fx.passes import spec
 from quaff_fx.passes.fold import FoldLowRankProducts
 from quaff_fx.passes.infrastructure import RunResult, run_passes
+from quaff_fx.passes.join import JoinTerms
+from quaff_fx.passes.launch import LaunchKernels
 from quaff_fx.passes.normalize import NormalizeProducts
 from quaff_fx.passes.quantize import QuantizeLinears
 from quaff_fx.passes.readable import readable
@@ -22,4 +24,6 @@ def quantize(graph_module: GraphModule) -> RunResult:
 def lower(graph_module: GraphModule, *, before: str = "lowered", is_kept: bool = True) -> RunResult:
     """Rewrites a lowered graph, forward or backward, before Inductor does; keeps it as text if `is_kept`."""
     as_text = readable if is_kept else lambda _: ""
-    return run_passes((FoldLowRankProducts(),), graph_module, spec.check_lowered, before=before, as_text=as_text)
+    # Fold first: it makes the terms that a kernel may want joined. Launch last: nothing knows a product afterwards.
+    passes = (FoldLowRankProducts(), JoinTerms(), LaunchKernels())
+    return run_passes(passes, graph_module, spec.check_lowered, before=before, as_text=as_text)

@@ -9,8 +9,10 @@ from torch.fx.node import map_arg
 
 from quaff_fx import ops
 from quaff_fx.errors import PassError, ShapeError
-from quaff_fx.passes import matching
+from quaff_fx.kernels.dispatch import kernels_of
+from quaff_fx.passes import lowered, matching
 from quaff_fx.passes.infrastructure import subgraphs
+from quaff_fx.passes.launch import KERNELS
 from quaff_fx.passes.quantize import PARTS
 
 
@@ -39,6 +41,9 @@ def check_lowered(graph_module: GraphModule) -> None:
         op = ops.OPS.get(node.target) if node.op == "call_function" else None
         if op is not None and op.lowered is not None:
             raise PassError(f"{node}: is {op.target}, expected what it is made of. Register the decompositions.")
+        is_kernel = matching.is_call(node, *KERNELS)
+        if is_kernel and kernels_of(lowered.value(node.all_input_nodes[0]).device).launched_by_inductor:
+            raise PassError(f"{node}: is {node.target}, expected the launches of its kernel. Run LaunchKernels last.")
         _verify(node)
 
 

@@ -155,6 +155,16 @@ def _verify_outliers(o: Operands) -> None:
             _verify_tensor(o, name, torch.float32, count)
 
 
+def _verify_outlier_operand(o: Operands, name: str) -> None:
+    """Expects the columns that the quantizer gave: those of the outlier channels, then zeros if it pads them."""
+    operand: Tensor = getattr(o, name)
+    _verify_tensor(o, name, None, None, None)
+    count = o.w_outlier.shape[0]
+    _expect(
+        operand.shape[1] >= count, name, f"of {operand.shape[1]} columns", f"{count} or more", "Pass one that fits."
+    )
+
+
 def _verify_numbers(o: Operands, features: int) -> None:
     if hasattr(o, "activation_max"):
         _expect(o.activation_max in (63, 127), "activation_max", o.activation_max, "63 or 127", "Use one of these.")
@@ -298,18 +308,20 @@ def _verify_quantize_activation(o: Operands) -> None:
 
 def _fake_quantize_activation(o: Operands) -> tuple[Tensor, Tensor, Tensor]:
     x = tokens_of(o.x)
+    dtype, columns = kernels_of(x.device).outlier_operand(x.dtype, o.outlier_channels.shape[0])
     return (
         torch.empty_like(x, dtype=torch.int8, memory_format=torch.contiguous_format),
         x.new_empty(x.shape[0], dtype=torch.float32),
-        x.new_empty(x.shape[0], o.outlier_channels.shape[0], dtype=torch.float32),
+        x.new_empty(x.shape[0], columns, dtype=dtype),
     )
 
 
 def _lowered_quantize_activation(
     x: Tensor, outlier_channels: Tensor, smoothing_scale: Tensor, activation_max: int, rotation: int
 ) -> Any:
-    owns = rotation > 1 and kernels_of(x.device).owns_rotation  # the kernel rotates a row while it is in the cache
-    quantize = quantize_rotated.target if owns else numerics.quantize_activation
+    kernels = kernels_of(x.device)
+    owns = kernels.owns_quantizer or (rotation > 1 and kernels.owns_rotation)
+    quantize = quantize_rows.target if owns else numerics.quantize_activation
     return quantize(tokens_of(x), outlier_channels, smoothing_scale, activation_max, rotation)
 
 
@@ -328,7 +340,7 @@ def _verify_linear(o: Operands) -> None:
     _verify_features("linear", "x", o.x, k, "in_features")
     _verify_tensor(o, "x_int8", torch.int8, None, k)
     _verify_tensor(o, "x_scale", torch.float32, None)
-    _verify_tensor(o, "x_outlier", torch.float32, None, o.w_outlier.shape[0])
+    _verify_outlier_operand(o, "x_outlier")
     _verify_tensor(o, "w_outlier", None, None, n)
     if o.bias is not None:
         _verify_tensor(o, "bias", None, n)
@@ -378,7 +390,7 @@ def linear(
         a_scale=x_scale,
         w_scale=w_scale,
         a_outlier=x_outlier,
-        w_outlier=w_outlier.float(),
+        w_outlier=w_outlier,
         bias=bias,
         out_dtype=x.dtype,
         activation_max=activation_max,
@@ -429,10 +441,10 @@ def _int8_product(**given: Any) -> Tensor:
 
 
 @_op(fake=_fake_quantize_activation, verify=_verify_quantize_activation)
-def quantize_rotated(
+def quantize_rows(
     x: Tensor, outlier_channels: Tensor, smoothing_scale: Tensor, activation_max: int, rotation: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`quantize_activation` where the kernel owns the rotation."""
+    """`quantize_activation` as one op, where it is a kernel's."""
     return quantize_activation.compute(  # type: ignore[no-any-return]
         x, outlier_channels, smoothing_scale, activation_max, rotation
     )
@@ -442,20 +454,21 @@ def _verify_int8_linear(o: Operands) -> None:
     _verify_tensor(o, "w_int8", torch.int8, None, None)
     reduction, columns = o.w_int8.shape if o.transpose_w else reversed(o.w_int8.shape)
     _verify_tensor(o, "a_int8", torch.int8, None, reduction)
-    outliers = None if o.a_outlier is None else o.a_outlier.shape[1]
-    shapes = {
-        "a_scale": (None,),
-        "w_scale": (columns,),
-        "a_outlier": (None, outliers),
-        "w_outlier": (outliers, columns),
-    }
-    for name, shape in shapes.items():
-        if getattr(o, name) is not None:
-            _verify_tensor(o, name, torch.float32, *shape)
+    if o.a_scale is not None:
+        _verify_tensor(o, "a_scale", torch.float32, None)
+    if o.w_scale is not None:
+        _verify_tensor(o, "w_scale", torch.float32, columns)
     if o.bias is not None:
         _verify_tensor(o, "bias", None, columns)
-    is_pair = (o.a_outlier is None) == (o.w_outlier is None)
-    _expect(is_pair, "a_outlier and w_outlier", "one of them None", "both or neither", "Pass both or neither.")
+    for term in ("outlier", "low_rank"):
+        a, w = getattr(o, f"a_{term}"), getattr(o, f"w_{term}")
+        names, way_out = f"a_{term} and w_{term}", "Pass both or neither."
+        _expect((a is None) == (w is None), names, "one of them None", "both or neither", way_out)
+        if w is not None:
+            _verify_tensor(o, f"w_{term}", None, None, columns)
+            _verify_tensor(o, f"a_{term}", None, None, None if term == "outlier" else w.shape[0])
+    if o.w_outlier is not None:
+        _verify_outlier_operand(o, "a_outlier")
     _verify_numbers(o, columns)
 
 
@@ -475,6 +488,8 @@ def int8_linear(
     out_dtype: torch.dtype,
     activation_max: int,
     rotation: int,
+    a_low_rank: Tensor | None = None,
+    w_low_rank: Tensor | None = None,
 ) -> Tensor:
     """`kernels.reference.int8_linear` on the device of its operands."""
     return kernels_of(a_int8.device).int8_linear(
@@ -485,8 +500,10 @@ def int8_linear(
         w_scale=w_scale,
         a_outlier=a_outlier,
         w_outlier=w_outlier,
-        bias=None if bias is None else bias.float(),
+        bias=bias,
         out_dtype=out_dtype,
         activation_max=activation_max,
         rotation=rotation,
+        a_low_rank=a_low_rank,
+        w_low_rank=w_low_rank,
     )

@@ -79,7 +79,7 @@ SHAPES = {
 @pytest.mark.parametrize("options", SHAPES.values(), ids=SHAPES)
 def test_opcheck_of_the_quantize_ops(options: dict[str, Any], dtype: torch.dtype) -> None:
     layer = Layer(dtype=dtype, **options)
-    torch.library.opcheck(Q.quantize_rotated.default, (layer.x, layer.channels, layer.s, *layer.numbers))
+    torch.library.opcheck(Q.quantize_rows.default, (layer.x, layer.channels, layer.s, *layer.numbers))
     torch.library.opcheck(Q.quantize_activation.default, (layer.x, layer.channels, layer.s, *layer.numbers))
     arguments = (layer.x, layer.channels, layer.w_absmax, layer.s, 0.1)
     torch.library.opcheck(Q.update_smoothing_scale.default, arguments)
@@ -157,7 +157,7 @@ def test_every_op_is_checked_above() -> None:
     """A new op must be added to the checks, then to this list."""
     assert {op.compute.__name__ for op in ops.OPS.values()} == {
         *("dequantize_weight", "weight_only_linear", "update_smoothing_scale"),
-        *("quantize_activation", "quantize_rotated", "linear", "linear_grad_input", "int8_linear"),
+        *("quantize_activation", "quantize_rows", "linear", "linear_grad_input", "int8_linear"),
     }
 
 

@@ -14,6 +14,10 @@ from quaff_fx.errors import QuaffWarning
 from quaff_fx.kernels import cpu, cuda, reference
 
 
+def _as_they_are(_: torch.dtype, outliers: int) -> tuple[torch.dtype, int]:
+    return torch.float32, outliers
+
+
 @dataclass(frozen=True)
 class Kernels:
     """What computes on a device; `reference` gives the contract of each function.
@@ -23,15 +27,23 @@ class Kernels:
         int8_linear: the product with its epilogue. quantize_activation: the row quantizer.
         owns_epilogue: the product stays one op in a lowered graph. Otherwise it is taken apart there: the bare product,
             and around it plain torch that Inductor fuses.
-        owns_rotation: so does the quantizer of a rotated activation.
+        owns_rotation: so does the quantizer of a rotated activation. owns_quantizer: that of every activation.
+        owns_low_rank: the product takes an adapter's low-rank term beside that of the outliers; else they are joined.
+        launched_by_inductor: the functions launch Triton kernels. They are traced into a lowered graph, so that its
+            compiled code launches the kernels itself.
+        outlier_operand: dtype and columns that the quantizer gives the operand of O outliers of an activation.
         activation_max: Q where the config leaves it open: 127, or 63 where 8 bits are slow.
     """
 
     name: str
     int8_linear: Callable[..., Tensor]
     quantize_activation: Callable[[Tensor, Tensor, Tensor, int, int], tuple[Tensor, Tensor, Tensor]]
-    owns_epilogue: bool
-    owns_rotation: bool
+    owns_epilogue: bool = False
+    owns_rotation: bool = False
+    owns_quantizer: bool = False
+    owns_low_rank: bool = False
+    launched_by_inductor: bool = False
+    outlier_operand: Callable[[torch.dtype, int], tuple[torch.dtype, int]] = _as_they_are
     activation_max: int = 127
 
 
@@ -39,15 +51,11 @@ _REFERENCE = Kernels(
     "plain torch (exact, slow)",
     reference.int8_linear,
     reference.quantize_activation,
-    owns_epilogue=False,
-    owns_rotation=False,
 )
 _CUDA = Kernels(
     "torch._int_mm",
     functools.partial(reference.int8_linear, int8_matmul=cuda.int8_matmul),
     reference.quantize_activation,
-    owns_epilogue=False,
-    owns_rotation=False,
 )
 
 _SUPPORTED = ("cpu", "cuda")

@@ -39,9 +39,11 @@ def int8_linear(
     bias: Tensor | None = None,
     out_dtype: torch.dtype = torch.int32,
     rotation: int = 1,
+    a_low_rank: Tensor | None = None,
+    w_low_rank: Tensor | None = None,
     int8_matmul: Callable[[Tensor, Tensor, bool], Tensor] = int8_matmul,
 ) -> Tensor:
-    """Returns ``a_scale w_scale (a wᵀ) + a_outlier w_outlier + bias``, or with `transpose_w` the same of ``a w``.
+    """Returns ``a_scale w_scale (a wᵀ) + a_outlier w_outlier + a_low_rank w_low_rank + bias``, or that of ``a w``.
 
     The integers are added up exactly whatever computes them.
 
@@ -50,8 +52,9 @@ def int8_linear(
         w_int8: (N, K) int8 in ±127.
         transpose_w: False: the forward product, C = N result columns; True: the backward one, C = K.
         activation_max: 127 or 63; with 63 an AVX2 machine may use its fast saturating instruction safely.
-        a_scale: (T,) float32. w_scale: (C,) float32. bias: (C,) float32.
-        a_outlier: (T, O) float32. w_outlier: (O, C) float32.
+        a_scale: (T,) float32. w_scale: (C,) float32. bias: (C,) floating.
+        a_outlier: (T, O) floating, or wider if the quantizer pads it with columns of zeros. w_outlier: (O, C) floating.
+        a_low_rank: (T, R) floating. w_low_rank: (R, C) floating; an adapter's. Both products are added up in float32.
         out_dtype: float32, bfloat16 or float16; or int32 for the bare accumulator, without scales.
         rotation: B of `numerics.rotate`, which the first term goes through: the gradient of a rotated activation.
         int8_matmul: the bare product, which has the signature of this file's.
@@ -68,10 +71,11 @@ def int8_linear(
     if w_scale is not None:
         result = result * w_scale
     result = numerics.rotate(result, rotation)
-    if a_outlier is not None and w_outlier is not None and a_outlier.shape[1]:
-        kind = accumulator.device.type
-        with torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext():
-            result = result + a_outlier @ w_outlier
+    for a, w in ((a_outlier, w_outlier), (a_low_rank, w_low_rank)):
+        if a is not None and w is not None and w.shape[0]:
+            kind = accumulator.device.type
+            with torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext():
+                result = result + a[:, : w.shape[0]].float() @ w.float()
     if bias is not None:
         result = result + bias
     return result.to(out_dtype)

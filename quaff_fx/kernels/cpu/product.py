@@ -26,6 +26,8 @@ def int8_linear(
     bias: Tensor | None = None,
     out_dtype: torch.dtype = torch.int32,
     rotation: int = 1,
+    a_low_rank: Tensor | None = None,
+    w_low_rank: Tensor | None = None,
     variant: str = DEFAULT_VARIANT,
 ) -> Tensor:
     """Returns `reference.int8_linear` of CPU tensors, in the compiled kernel; operands and result are those there.
@@ -63,6 +65,10 @@ def int8_linear(
         )
     if (a_outlier is None) != (w_outlier is None):
         raise ShapeError("a_outlier: comes alone, expected together with w_outlier. Pass both or neither.")
+    if a_low_rank is not None and w_low_rank is not None:
+        # Lowered graphs come with both terms joined (`passes/join.py`).
+        a_outlier = a_low_rank.float() if a_outlier is None else torch.cat([a_outlier, a_low_rank.float()], dim=1)
+        w_outlier = w_low_rank.float() if w_outlier is None else torch.cat([w_outlier, w_low_rank.float()])
     extras = (a_scale, w_scale, a_outlier, w_outlier, bias)
     _check_rotation(rotation, columns)
     if out_dtype == torch.int32 and (rotation > 1 or any(extra is not None for extra in extras)):
@@ -75,7 +81,9 @@ def int8_linear(
     a_scale = None if a_scale is None else _checked("a_scale", a_scale, torch.float32, (tokens,))
     w_scale = None if w_scale is None else _checked("w_scale", w_scale, torch.float32, (columns,))
     a_outlier = None if a_outlier is None else _checked("a_outlier", a_outlier, torch.float32, (tokens, outliers))
+    w_outlier = _as_float32(w_outlier)
     w_outlier = None if w_outlier is None else _checked("w_outlier", w_outlier, torch.float32, (outliers, columns))
+    bias = _as_float32(bias)
     bias = None if bias is None else _checked("bias", bias, torch.float32, (columns,))
 
     out = torch.empty(tokens, columns, dtype=out_dtype, device="cpu")
@@ -175,6 +183,10 @@ def quantize_activation(
         )
     _raise_for(status)
     return x_int8, x_scale, x_outlier
+
+
+def _as_float32(tensor: Tensor | None) -> Tensor | None:
+    return tensor.float() if tensor is not None and tensor.is_floating_point() else tensor
 
 
 def _checked(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int | None, ...]) -> Tensor:
