@@ -51,8 +51,12 @@ def arguments(target: Any, **operands: Any) -> tuple[Any, ...]:
     unknown = operands.keys() - {entry.name for entry in schema}
     if missing or unknown:
         raise TypeError(f"{target}: lacks {sorted(missing)} and has no {sorted(unknown)}, expected {target._schema}.")
-    last = max((index for index, entry in enumerate(schema) if entry.name in operands), default=-1)
-    return tuple(operands.get(entry.name, entry.default_value) for entry in schema[: last + 1])
+    given = [operands.get(entry.name, entry.default_value) for entry in schema]
+    is_needed = [
+        not entry.has_default_value() or value is not entry.default_value
+        for entry, value in zip(schema, given, strict=True)
+    ]
+    return tuple(given[: max((index for index, needed in enumerate(is_needed) if needed), default=-1) + 1])
 
 
 @dataclass(frozen=True, eq=False)
