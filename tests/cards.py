@@ -129,8 +129,8 @@ def _forget() -> None:
 def lowered(graph: backend.Graph, architecture: int = 90) -> list[GraphModule]:
     """Returns the graphs that Inductor would get on a card: forward and backward, before `pipeline.lower`.
 
-    AOTAutograd traces on the CPU, since a torch that was built without CUDA has no autograd of its tensors, but with the
-    kernels of the card; what it made is moved.
+    AOTAutograd traces on the CPU, since a torch that was built without CUDA has no autograd of its tensors, but with
+    the kernels of the card; what it made is moved.
     """
     with card(architecture):
         kernels = dispatch.kernels_of(DEVICE)
@@ -140,7 +140,7 @@ def lowered(graph: backend.Graph, architecture: int = 90) -> list[GraphModule]:
         made.append(graph_module)
         return RunResult(graph_module, ())
 
-    with mock.patch.object(ops, "kernels_of", lambda _: kernels), mock.patch.object(backend.pipeline, "lower", keep):
+    with mock.patch.object(ops, "kernels_of", return_value=kernels), mock.patch.object(backend.pipeline, "lower", keep):
         backend.lower(graph.graph_module, graph.fake_inputs, graph.autocast)
     return [_moved(graph_module) for graph_module in made]
 

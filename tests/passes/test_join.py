@@ -60,7 +60,7 @@ def test_both_terms_become_one_in_float32() -> None:
         "convert_element_type_default_2 = torch.ops.prims.convert_element_type.default(b_, torch.float32)",
         "cat_default = torch.ops.aten.cat.default([x_o_, convert_element_type_default], 1)",
         "cat_default_1 = torch.ops.aten.cat.default([convert_element_type_default_1, convert_element_type_default_2])",
-        "int8_linear_default_1 = quaff.int8_linear.default(a_, w_, False, s_, None, cat_default, cat_default_1, None, "
+        "int8_linear_default = quaff.int8_linear.default(a_, w_, False, s_, None, cat_default, cat_default_1, None, "
         "torch.float32, 127, 1)",
     ]
     assert [change.action for change in result.changes] == ["joined"]
