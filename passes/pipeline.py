@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch.fx import GraphModule
 
 from quaff_fx.passes import spec
+from quaff_fx.passes.factors import JoinFirstFactors
 from quaff_fx.passes.fold import FoldLowRankProducts
 from quaff_fx.passes.infrastructure import RunResult, run_passes
 from quaff_fx.passes.join import JoinTerms
@@ -24,6 +25,7 @@ def quantize(graph_module: GraphModule) -> RunResult:
 def lower(graph_module: GraphModule, *, before: str = "lowered", is_kept: bool = True) -> RunResult:
     """Rewrites a lowered graph, forward or backward, before Inductor does; keeps it as text if `is_kept`."""
     as_text = readable if is_kept else lambda _: ""
-    # Fold first: it makes the terms that a kernel may want joined. Launch last: nothing knows a product afterwards.
-    passes = (FoldLowRankProducts(), JoinTerms(), LaunchKernels())
+    # Fold first: it makes the terms that a kernel may want joined, and by which factors have a name. Launch last:
+    # nothing knows a product afterwards.
+    passes = (FoldLowRankProducts(), JoinFirstFactors(), JoinTerms(), LaunchKernels())
     return run_passes(passes, graph_module, spec.check_lowered, before=before, as_text=as_text)
