@@ -91,15 +91,15 @@ def _join_gradients(graph: Graph, x: Node, products: Sequence[Node]) -> list[Cha
 
 
 def _replaced_by_slices(graph: Graph, product: Node, products: Sequence[Node], dimension: int) -> list[Change]:
-    start, changes = 0, []
+    start, parts = 0, []
     for node in products:
         end = start + lowered.value(node).shape[dimension]
-        part = lowered.call(graph, _SLICE, self=product, dim=dimension, start=start, end=end)
-        node.replace_all_uses_with(part)
-        changes.append(Change(_site_of(part), "joined"))
-        graph.erase_node(node)
+        parts.append(lowered.call(graph, _SLICE, self=product, dim=dimension, start=start, end=end))
         start = end
-    return changes
+    for node, part in zip(products, parts, strict=True):
+        node.replace_all_uses_with(part)
+        graph.erase_node(node)
+    return [Change(_site_of(part), "joined") for part in parts]
 
 
 def _site_of(part: Node) -> str:
