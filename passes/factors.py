@@ -98,7 +98,7 @@ def _replaced_by_slices(graph: Graph, product: Node, products: Sequence[Node], d
         start = end
     for node, part in zip(products, parts, strict=True):
         node.replace_all_uses_with(part)
-        graph.erase_node(node)
+        lowered.erase_unused(graph, node)
     return [Change(_site_of(part), "joined") for part in parts]
 
 

@@ -102,7 +102,7 @@ def _fold(graph: Graph, root: Node) -> list[Change]:
         for top in others:
             total = lowered.call(graph, _ADD, self=total, other=top)
     root.replace_all_uses_with(total)
-    _erase_unused(graph, root)
+    lowered.erase_unused(graph, root)
     return changes + declined
 
 
@@ -137,16 +137,6 @@ def _scaled(graph: Graph, row: Node, factor: float) -> Node:
     if abs(math.frexp(factor)[0]) != 0.5:
         row = lowered.converted(graph, row, torch.float32)
     return lowered.call(graph, _MUL, self=row, other=factor)
-
-
-def _erase_unused(graph: Graph, node: Node) -> None:
-    """Erases `node` and what only it read, if nothing reads it."""
-    if node.users or node.op != "call_function":
-        return
-    operands = node.all_input_nodes
-    graph.erase_node(node)
-    for operand in operands:
-        _erase_unused(graph, operand)
 
 
 def _terms(root: Node) -> list[_Term]:

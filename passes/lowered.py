@@ -53,3 +53,13 @@ def call_again(graph: Graph, node: Node, operands: ops.Operands) -> Node:
     if "custom" in node.meta:
         again.meta["custom"] = node.meta["custom"]
     return again
+
+
+def erase_unused(graph: Graph, node: Node) -> None:
+    """Erases `node` and what only it read, if nothing reads it."""
+    if node.users or node.op != "call_function":
+        return
+    operands = node.all_input_nodes
+    graph.erase_node(node)
+    for operand in operands:
+        erase_unused(graph, operand)
