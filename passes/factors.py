@@ -98,6 +98,7 @@ def _replaced_by_slices(graph: Graph, product: Node, products: Sequence[Node], d
         start = end
     for node, part in zip(products, parts, strict=True):
         node.replace_all_uses_with(part)
+        lowered.revalue_views(part)
         lowered.erase_unused(graph, node)
     return [Change(_site_of(part), "joined") for part in parts]
 

@@ -22,7 +22,6 @@ _CAT = torch.ops.aten.cat.default
 _CONVERT = torch.ops.prims.convert_element_type.default
 _MM = torch.ops.aten.mm.default
 _MUL = torch.ops.aten.mul.Tensor
-_VIEWS = (torch.ops.aten.view.default, torch.ops.aten.reshape.default, torch.ops.aten._unsafe_view.default)
 
 
 @dataclass(frozen=True)
@@ -155,7 +154,7 @@ def _term(top: Node) -> _Term:
     while len(node.users) == 1 and isinstance(below := matching.first_operand(node), Node):
         if matching.is_call(node, _MUL) and isinstance(number := matching.operands(node).other, (int, float)):
             factor *= number
-        elif not matching.is_call(node, *_VIEWS, _CONVERT):
+        elif not matching.is_call(node, *lowered.VIEWS, _CONVERT):
             break
         views.insert(0, node)
         node = below

@@ -20,6 +20,8 @@ from quaff_fx.passes.infrastructure import Change, PassResult
 KERNELS = (ops.int8_linear.target, ops.quantize_rows.target)
 """The ops that a kernel computes whole."""
 
+_NAMES = (torch.ops.aten.alias.default, torch.ops.aten.detach.default)
+
 
 @dataclass(frozen=True)
 class LaunchKernels:
@@ -74,10 +76,33 @@ def _traced(node: Node) -> GraphModule:
         return traced(*values)
 
 
+def _shared(node: Node) -> Node:
+    """Returns one node for a tensor that is to be in memory, of all that view it in this shape.
+
+    Inductor computes what a kernel reads where it stands, and once more for each other view of the same: it cannot know
+    that the adapter's product reads the activation that the quantizer reads.
+    """
+    source = node
+    while matching.is_call(source, *_NAMES, *lowered.VIEWS):
+        source = matching.first_operand(source)  # type: ignore[assignment]
+    if source is node or source.op == "placeholder":
+        return node
+    shape = str(tuple(lowered.value(node).shape))  # as text, since comparing sizes that are symbols would add guards
+    views = [user for user in source.users if matching.is_call(user, *lowered.VIEWS)]
+    first, *others = [view for view in views if str(tuple(lowered.value(view).shape)) == shape] or [None]
+    if first is None:
+        return node
+    source.append(first)
+    for other in (*others, node):
+        if other is not None and other is not first:
+            other.replace_all_uses_with(first)
+    return first
+
+
 def _inline(node: Node, body: GraphModule) -> None:
     """Puts `body` in the place of `node`; its placeholders are the nodes that `node` reads, in order."""
     graph = node.graph
-    inputs = [each for each in pytree.tree_leaves((node.args, node.kwargs)) if isinstance(each, Node)]
+    inputs = [_shared(each) for each in pytree.tree_leaves((node.args, node.kwargs)) if isinstance(each, Node)]
     placeholders = [each for each in body.graph.nodes if each.op == "placeholder"]
     copies: dict[Node, Any] = dict(zip(placeholders, inputs, strict=True))
     with graph.inserting_before(node):

@@ -16,6 +16,8 @@ from quaff_fx.passes import matching
 
 _CONVERT = torch.ops.prims.convert_element_type.default
 
+VIEWS = (torch.ops.aten.view.default, torch.ops.aten.reshape.default, torch.ops.aten._unsafe_view.default)
+
 
 def value(node: Any) -> Tensor:
     """Returns the fake tensor of a node."""
@@ -53,6 +55,14 @@ def call_again(graph: Graph, node: Node, operands: ops.Operands) -> Node:
     if "custom" in node.meta:
         again.meta["custom"] = node.meta["custom"]
     return again
+
+
+def revalue_views(node: Node) -> None:
+    """Gives what views a node, directly or not, the strides that it has now."""
+    for user in node.users:
+        if matching.is_call(user, *VIEWS):
+            user.meta["val"] = value_of_call(user)
+            revalue_views(user)
 
 
 def erase_unused(graph: Graph, node: Node) -> None:
