@@ -17,7 +17,7 @@ import signal
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from benchmarks.cuda.children import ROOT, Budget, Job, Pool, worker_command
 PARTS = ("steps", "products", "checks")
 
 PREPARED_SHARE = 0.62
-"""Of the budget, for what is compiled before the first step is timed."""
+"""Of the budget, until all systems that will be timed must have compiled."""
 
 STAGES_OF_A_STEP = 4
 
@@ -45,36 +45,40 @@ class Benchmark:
         self.pairs: dict[Job, plan.Pair] = {}
 
     def run(self) -> None:
-        """Checks, prepares, measures; in the order in which nothing disturbs what is timed."""
+        """Prepares, measures, checks: what matters most first, and nothing beside what is timed."""
         steps = self._step_jobs() if "steps" in self.options.parts else []
         checks = self._check_jobs() if "checks" in self.options.parts else []
         products = self._products_jobs() if "products" in self.options.parts else []
         cold = [job for job in steps if self.pairs[job].is_cold]
-        together = {"at_once": self.options.cores, "seconds": self.options.timeout}
-        alone = {"at_once": 1, "seconds": self.options.timeout}
-
-        self._say(f"Starting {len(steps) + len(checks) + len(products)} processes")
-        self.pool.advance([*steps, *checks, *products], **together, share=PREPARED_SHARE)
-        self._say("Products alone")
-        self.pool.advance(products, **alone)
-        self.pool.close(products)
-        self._say("Compiling with empty caches")
-        self.pool.advance(cold, **{**together, "at_once": 2}, share=PREPARED_SHARE)
-        self._say("Compiling the others, and checks")
         others = [job for job in steps if job not in cold]
-        self.pool.advance([*others, *checks], **together, share=PREPARED_SHARE, room=self._room())
-        self.pool.close(checks)
+        together = {"at_once": self.options.cores, "seconds": self.options.timeout}
+        # Nothing is compiled there, so what takes long hangs.
+        alone = {"at_once": 1, "seconds": self.options.timeout / 3}
+
+        self.pool.advance([*products, *cold], **together)
+        self._say("Products; meanwhile others start, on the CPU alone")
+        self.pool.advance([*products, *others, *checks], **together, share=PREPARED_SHARE)
+        self._say("Compiling with empty caches")
+        self.pool.advance(cold, at_once=2, seconds=self.options.timeout, share=PREPARED_SHARE)
+        self._say("Compiling the others")
+        self.pool.advance(others, **together, share=PREPARED_SHARE, room=self._room())
         self._say("Timing, one after another")
         self.pool.advance(steps, **alone)
-        self._say("Profiling, one after another")  # after all times: it takes longer, and slows a process down
-        self.pool.advance(steps, **alone)
-        self.pool.close(steps)
+        self._say("Profiling, one after another")  # after all times: it may slow a process down
+        first = [job for job in steps if self.pairs[job].has_profile]
+        self.pool.advance(first, **alone)
+        self.pool.close(first)
+        self._say("Checks")
+        self.pool.advance(checks, **together, room=self._room())
+        self._say("Profiling the others")
+        self.pool.advance(others, **alone)
+        self.pool.close(others)
         self._again_alone([job for job in steps if (job.reason or "").startswith("out of memory")])
 
     def _again_alone(self, jobs: Sequence[Job]) -> None:
         """Tries once more what found no memory beside the others, from the start."""
         for job in jobs:
-            again = self._step_job(self.pairs[job])
+            again = self._step_job(replace(self.pairs[job], is_cold=False))  # its caches are not empty any more
             self.results.missing.pop(job.name, None)
             for _ in range(STAGES_OF_A_STEP):
                 self.pool.advance([again], at_once=1, seconds=self.options.timeout)
@@ -99,6 +103,7 @@ class Benchmark:
             "system": pair.system,
             "rounds": self.options.rounds,
             "has_profile": pair.has_profile,
+            "is_eager": self.options.dry_run,
         }
         # A cold pair has a folder of its own, which must be new.
         job = self._job("step", pair.name, arguments, own_cache=pair.is_cold)
@@ -111,7 +116,10 @@ class Benchmark:
         words = self.options.checks or plan.CHECKS
         names = [name for name in plan.CHECKS if any(word in name for word in words)]
         groups = [names[first :: self.options.cores] for first in range(min(self.options.cores, len(names)))]
-        return [self._job("checks", f"checks {', '.join(group)}", {"names": group}) for group in groups]
+        return [
+            self._job("checks", f"checks {', '.join(group)}", {"names": group, "is_eager": self.options.dry_run})
+            for group in groups
+        ]
 
     def _products_jobs(self) -> list[Job]:
         tiny = self.options.dry_run
@@ -119,18 +127,17 @@ class Benchmark:
 
     def _job(self, kind: str, name: str, arguments: dict[str, Any], own_cache: bool = False) -> Job:
         word = "".join(letter if letter.isalnum() else "-" for letter in name)[:80]
-        cache = self.options.cache / (word if own_cache else "shared")
-        common: dict[str, Any] = {"device": "cpu" if self.options.dry_run else "cuda"}
-        if kind != "products":
-            common |= {"cache": str(cache), "is_eager": self.options.dry_run}
-        logs = self.options.output / "logs"
-        logs.mkdir(parents=True, exist_ok=True)
-        threads = str(max(1, self.options.cores // 8))
-        # Each of many processes would start a compile worker for every core.
-        environment = {"TORCHINDUCTOR_COMPILE_THREADS": str(self.options.cores // 2 or 1) if own_cache else "2"}
-        if not self.options.dry_run:
-            environment["OMP_NUM_THREADS"] = threads
-        return Job(name, worker_command(kind, {**arguments, **common}), logs / f"{word}.log", 1.0, environment)
+        log = self.options.output / "logs" / f"{word}.log"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        if self.options.dry_run:
+            return Job(name, worker_command(kind, {**arguments, "device": "cpu"}), log)
+        environment = {
+            "TORCHINDUCTOR_CACHE_DIR": str(self.options.cache / (word if own_cache else "shared")),
+            # Each of many processes would start a compile worker, and a thread, for every core.
+            "TORCHINDUCTOR_COMPILE_THREADS": str(max(2, self.options.cores // 2) if own_cache else 2),
+            "OMP_NUM_THREADS": str(max(1, self.options.cores // 8)),
+        }
+        return Job(name, worker_command(kind, {**arguments, "device": "cuda"}), log, 1.0, environment)
 
     def _room(self) -> float:
         """GiB of the card that systems may take; without a card, or before its first answer, as much as they want."""
@@ -141,8 +148,10 @@ class Benchmark:
         """Files an answer where it belongs, prints it and writes the report."""
         machine = {name: answer.pop(name) for name in ("card", "card_gib", "versions") if name in answer}
         self.results.machine |= machine
+        name = job.name
         if "check" in answer:
-            self.results.checks[answer.pop("check")] = answer
+            name = answer.pop("check")
+            self.results.checks[name] = answer
         elif "what" in answer:
             self.results.products.append(answer)
         elif job in self.pairs and answer:
@@ -152,12 +161,14 @@ class Benchmark:
             if pair.is_cold and "first_step_s" in answer:
                 step["cold_s"] = answer["first_step_s"]
         else:
+            if answer.get("end"):
+                self.pool.close([job])
             return
         figures = {name: value for name, value in answer.items() if name not in ("kernels", "parts")}
         words = [
             f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in figures.items()
         ]
-        self._say(f"{job.name[:60]}: {', '.join(words)}")
+        self._say(f"{name}: {', '.join(words)}")
         report.write(self.results, self.options.output)
 
     def _miss(self, job: Job) -> None:
@@ -179,7 +190,12 @@ def parse_options(words: Sequence[str] | None = None) -> argparse.Namespace:
     add("--checks", nargs="+", metavar="WORDS", help="only checks with one of these in their name")
     add("--output", type=Path, default=ROOT / "runs" / "cuda", help="folder of the report (default: runs/cuda/)")
     add("--budget", type=float, default=235, help="seconds for all of it (default: %(default)s)")
-    add("--timeout", type=float, default=100, help="seconds for a stage of one process (default: %(default)s)")
+    add(
+        "--timeout",
+        type=float,
+        default=75,
+        help="seconds for a process to compile, or for one check (default: %(default)s)",
+    )
     add("--rounds", type=int, default=12, help="timed steps of each system (default: %(default)s)")
     add("--cores", type=int, default=len(os.sched_getaffinity(0)), help="processes at once (default: %(default)s)")
     add("--dry-run", action="store_true", help="on the CPU, tiny, not compiled: shows that it runs, measures nothing")
@@ -193,7 +209,7 @@ def parse_options(words: Sequence[str] | None = None) -> argparse.Namespace:
 def main(words: Sequence[str] | None = None) -> int:
     """Returns 0 if everything was run and every check passed, 1 if not, 130 if it was interrupted."""
     options = parse_options(words)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the time limit of a scheduler, like Ctrl-C
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # the time limit of a scheduler, like Ctrl-C
     code = 0
     with tempfile.TemporaryDirectory(prefix="quaff-cuda-", ignore_cleanup_errors=True) as folder:
         options.cache = Path(folder)
@@ -204,7 +220,10 @@ def main(words: Sequence[str] | None = None) -> int:
             code = 130
         finally:
             benchmark.close()
+            signal.signal(signal.SIGTERM, before)
     results = benchmark.results
+    if options.dry_run:
+        print("\nA dry run: the code works, its figures mean nothing.")
     print(f"\nOn {results.machine.get('card', 'no card')}\n\n{report.table(targets.rows(results))}\n")
     for name, reason in results.missing.items():
         print(f"Not run to its end: {name}: {reason}")

@@ -6,7 +6,6 @@ being compiled, in the same numbers.
 
 from __future__ import annotations
 
-import os
 import tempfile
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -35,6 +34,7 @@ from benchmarks.cuda.small_model import (
     on_cpu,
     quantized,
 )
+from quaff_fx.kernels.dispatch import kernels_of
 
 
 @dataclass(frozen=True)
@@ -67,9 +67,8 @@ LEAST_COSINE_CPU = 0.99
 """With the CPU's gradient: values near a rounding edge may fall to either side of it, and nothing else may differ."""
 
 
-def stages(names: Sequence[str], device: str, cache: str, is_eager: bool = False) -> Iterator[dict[str, Any]]:
+def stages(names: Sequence[str], device: str, is_eager: bool = False) -> Iterator[dict[str, Any]]:
     """Imports; then makes each check, an answer for each. `is_eager`: nothing is compiled, for a dry run."""
-    os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache
     if is_eager:
         torch.compiler.set_stance("force_eager")
     yield {}
@@ -93,6 +92,13 @@ def result_of(name: str, device: torch.device) -> dict[str, Any]:
 
 class MissingError(Exception):
     """A check needs what is not installed."""
+
+
+def kernels_in_use(device: torch.device) -> str:
+    """Which kernels compute here and on the CPU. First of all checks: it builds the CPU's, which others wait for."""
+    here, there, plain = (kernels_of(each).name for each in (device, CPU, torch.device("meta")))
+    expect(here != plain, f"{device.type} has no kernels of its own but {plain}")
+    return f"{device.type}: {here}; CPU: {there}"
 
 
 def fidelity(mode: Mode, device: torch.device) -> str:
@@ -234,6 +240,7 @@ def no_recompiles(device: torch.device) -> str:
 
 
 CHECKS: dict[str, Callable[[torch.device], str]] = {
+    "kernels in use": kernels_in_use,
     **EXACTNESS,
     **{name: partial(fidelity, mode) for name, mode in MODES.items()},
     "Conv1D": conv1d,

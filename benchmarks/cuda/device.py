@@ -43,19 +43,38 @@ def milliseconds(call: Callable[[], object], device: torch.device, repeats: int)
     for _ in range(3):
         call()
     synchronize(device)
-    rounds = []
-    for _ in range(5):
-        if device.type == "cuda":
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
-            for _ in range(repeats):
-                call()
-            end.record()
-            end.synchronize()
-            rounds.append(start.elapsed_time(end) / repeats)
-        else:
-            begin = time.perf_counter()
-            for _ in range(repeats):
-                call()
-            rounds.append((time.perf_counter() - begin) * 1e3 / repeats)
-    return statistics.median(rounds)
+
+    def run() -> None:
+        for _ in range(repeats):
+            call()
+
+    return statistics.median(_elapsed(run, device) for _ in range(5)) / repeats
+
+
+def milliseconds_as_graph(call: Callable[[], object], device: torch.device, repeats: int) -> float:
+    """As `milliseconds`, from a CUDA graph of the calls: what the card takes, however long a launch takes the CPU."""
+    if device.type != "cuda":
+        return milliseconds(call, device, repeats)
+    for _ in range(3):
+        call()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(repeats):
+            call()
+    graph.replay()
+    synchronize(device)
+    return statistics.median(_elapsed(graph.replay, device) for _ in range(5)) / repeats
+
+
+def _elapsed(run: Callable[[], None], device: torch.device) -> float:
+    """Milliseconds from begin to end of what `run` launches."""
+    if device.type != "cuda":
+        begin = time.perf_counter()
+        run()
+        return (time.perf_counter() - begin) * 1e3
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    run()
+    end.record()
+    end.synchronize()
+    return float(start.elapsed_time(end))

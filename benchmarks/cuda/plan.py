@@ -115,6 +115,7 @@ def selected(shapes: Collection[str], is_dry: bool) -> list[Pair]:
 
 
 CHECKS = (
+    "kernels in use",
     "int8 product",
     "int8 product with scales",
     "int8 product with epilogue",

@@ -62,12 +62,20 @@ def _row(
     per: float,
 ) -> dict[str, Any]:
     """A measured row; what a kernel raises is its reason. `per`: of what a call does, so that per / ms is the rate."""
-    row: dict[str, Any] = {"size": size, "tokens": tokens, "what": name, "unit": unit}
+    row: dict[str, Any] = {"size": size, "tokens": tokens, "what": name, "unit": unit, "how": "CUDA graph"}
     try:
-        ms = cards.milliseconds(call, card, repeats)
+        try:
+            ms = cards.milliseconds_as_graph(call, card, repeats)
+        except RuntimeError as error:
+            row["how"] = f"launched one by one, no graph: {_line(error)}"
+            ms = cards.milliseconds(call, card, repeats)
     except Exception as error:  # one shape that a kernel refuses leaves the others
-        return {**row, "reason": f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"}
+        return {**row, "reason": f"{type(error).__name__}: {_line(error)}"}
     return {**row, "ms": ms, "rate": per / ms}
+
+
+def _line(error: Exception) -> str:
+    return (str(error).splitlines() or [""])[0][:200]
 
 
 def product_calls(tokens: int, k: int, n: int, device: torch.device) -> dict[str, Callable[[], Tensor]]:

@@ -52,13 +52,10 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
 def step_rows(results: Results) -> list[dict[str, str]]:
     """Returns a row for each system at each shape, with the speed over the strongest float system there."""
     rows = []
-    for step in results.steps.values():
-        if "wall_ms" not in step:
-            continue
+    steps = [results.steps[pair.name] for pair in plan.PAIRS if "wall_ms" in results.steps.get(pair.name, {})]
+    for step in sorted(steps, key=lambda step: _SHAPES.index(step["shape"])):
         floats = [
-            other["wall_ms"]
-            for other in results.steps.values()
-            if other["shape"] == step["shape"] and other["system"] in _BASELINES and "wall_ms" in other
+            other["wall_ms"] for other in steps if other["shape"] == step["shape"] and other["system"] in _BASELINES
         ]
         rows.append(
             {
@@ -80,6 +77,7 @@ def step_rows(results: Results) -> list[dict[str, str]]:
     return rows
 
 
+_SHAPES = [shape.name for shape in plan.SHAPES.values()]
 _BASELINES = (
     plan.FLOAT32_EAGER,
     plan.FLOAT32_COMPILED,
@@ -129,6 +127,7 @@ def product_rows(results: Results) -> list[dict[str, str]]:
                 "µs": _number(row["ms"] * 1e3, 0) if "ms" in row else row["reason"],
                 "rate": f"{row['rate']:.0f} {row['unit']}" if "rate" in row else "",
                 "over bfloat16": f"{beside / row['ms']:.2f}" if beside and "ms" in row else "",
+                "timed": row["how"],
             }
         )
     return rows

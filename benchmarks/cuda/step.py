@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import statistics
 import time
 from collections.abc import Iterator
@@ -28,7 +27,6 @@ def stages(
     shape: dict[str, Any],
     system: str,
     device: str,
-    cache: str,
     rounds: int,
     has_profile: bool = False,
     is_eager: bool = False,
@@ -36,10 +34,9 @@ def stages(
     """Imports; prepares and compiles; times; profiles. `is_eager`: nothing is compiled, for a dry run.
 
     Args:
-        shape: the fields of `plan.Shape`. cache: folder for compiled code. rounds: steps that are timed.
+        shape: the fields of `plan.Shape`. rounds: steps that are timed.
         has_profile: tell the card's time by part of the step.
     """
-    os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache
     if is_eager:
         torch.compiler.set_stance("force_eager")
     yield {}
@@ -119,10 +116,14 @@ class Trainer:
         seconds = self._seconds()
         for _ in range(WARM_UP_STEPS):
             self.step()
+        self._free()
+        return {"first_step_s": seconds, "graphs": _graphs()}
+
+    def _free(self) -> None:
+        """Gives back what no tensor needs, to those that wait beside it."""
         cards.synchronize(self.device)
         if self.device.type == "cuda":
-            torch.cuda.empty_cache()  # others prepare beside it
-        return {"first_step_s": seconds, "graphs": _graphs()}
+            torch.cuda.empty_cache()
 
     def timed(self, rounds: int) -> dict[str, Any]:
         """Returns milliseconds of a step and the most MiB of all tensors in it."""
@@ -133,12 +134,14 @@ class Trainer:
             torch.cuda.reset_peak_memory_stats(self.device)
         times = [self._seconds() * 1e3 for _ in range(rounds)]
         peak = torch.cuda.max_memory_allocated(self.device) / 2**20 if self.device.type == "cuda" else 0.0
+        loss = self.step().item()
+        self._free()
         return {
             "wall_ms": statistics.median(times),
             "fastest_ms": min(times),
             "peak_mib": peak,
             "frozen_mib": peers.frozen_bytes(self.model) / 2**20,
-            "loss": self.step().item(),
+            "loss": loss,
             "recompiled": _graphs() - graphs,
         }
 
