@@ -31,7 +31,7 @@ PREPARED_SHARE = 0.62
 
 STAGES_OF_A_STEP = 4
 
-ROOM_SHARE = 0.85
+ROOM_SHARE = 0.92
 """Of the card's memory that systems may take while they prepare at once."""
 
 
@@ -130,9 +130,12 @@ class Benchmark:
         log = self.options.output / "logs" / f"{word}.log"
         log.parent.mkdir(parents=True, exist_ok=True)
         if self.options.dry_run:
-            return Job(name, worker_command(kind, {**arguments, "device": "cpu"}), log)
+            one_thread = {"OMP_NUM_THREADS": "1"}
+            return Job(name, worker_command(kind, {**arguments, "device": "cpu"}), log, environment=one_thread)
+        cache = self.options.cache / (word if own_cache else "shared")
         environment = {
-            "TORCHINDUCTOR_CACHE_DIR": str(self.options.cache / (word if own_cache else "shared")),
+            "TORCHINDUCTOR_CACHE_DIR": str(cache),
+            "TRITON_CACHE_DIR": str(cache / "triton"),
             # Each of many processes would start a compile worker, and a thread, for every core.
             "TORCHINDUCTOR_COMPILE_THREADS": str(max(2, self.options.cores // 2) if own_cache else 2),
             "OMP_NUM_THREADS": str(max(1, self.options.cores // 8)),

@@ -19,7 +19,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 
-HELD_SHARE = 0.4
+HELD_SHARE = 0.45
 """Of a job's memory while it waits between two stages: weights, without the activations of a step."""
 
 

@@ -52,12 +52,12 @@ class Shape:
         return replace(self, hidden_size=64, intermediate_size=128, layers=2, heads=4, kv_heads=2, tokens=32, gib=0.5)
 
 
-LLAMA_8B = Shape("Llama-8B, 4096 tokens", 4096, 14336, 4, 32, 8, 4096, "bfloat16", 6.5)
-LLAMA_8B_LONG = replace(LLAMA_8B, name="Llama-8B, 8192 tokens", tokens=8192, gib=9.5)
-LLAMA_70B = Shape("Llama-70B, 4096 tokens", 8192, 28672, 2, 64, 8, 4096, "bfloat16", 11)
-PHI_3 = Shape("Phi-3, 4096 tokens", 3072, 8192, 4, 32, 32, 4096, "bfloat16", 5)
-PHI_3_FLOAT32 = Shape("Phi-3, 2048 tokens, float32", 3072, 8192, 4, 32, 32, 2048, "float32", 6)
-LLAMA_1B = Shape("Llama-1B, 4096 tokens", 2048, 8192, 4, 32, 8, 4096, "bfloat16", 4)
+LLAMA_8B = Shape("Llama-8B, 4096 tokens", 4096, 14336, 4, 32, 8, 4096, "bfloat16", 5.5)
+LLAMA_8B_LONG = replace(LLAMA_8B, name="Llama-8B, 8192 tokens", tokens=8192, gib=8.5)
+LLAMA_70B = Shape("Llama-70B, 4096 tokens", 8192, 28672, 2, 64, 8, 4096, "bfloat16", 10)
+PHI_3 = Shape("Phi-3, 4096 tokens", 3072, 8192, 4, 32, 32, 4096, "bfloat16", 4)
+PHI_3_FLOAT32 = Shape("Phi-3, 2048 tokens, float32", 3072, 8192, 4, 32, 32, 2048, "float32", 5)
+LLAMA_1B = Shape("Llama-1B, 4096 tokens", 2048, 8192, 4, 32, 8, 4096, "bfloat16", 3)
 SHAPES = {
     "8b": LLAMA_8B,
     "8b-long": LLAMA_8B_LONG,
