@@ -63,8 +63,9 @@ MODES = {
     "momentum, as in the paper": Mode(config=(("smoothing", "momentum"),), least=0.95),
 }
 
-LEAST_COSINE_CPU = 0.99
-"""With the CPU's gradient: values near a rounding edge may fall to either side of it, and nothing else may differ."""
+LEAST_COSINE_CPU = 0.985
+"""With the CPU's gradient. Compiled and eager code round 16 bits in other places, so integers near an edge fall to either
+side of it: 0.995 in bfloat16 between the two on one CPU."""
 
 
 def stages(names: Sequence[str], device: str, is_eager: bool = False) -> Iterator[dict[str, Any]]:
