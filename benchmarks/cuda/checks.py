@@ -64,8 +64,8 @@ MODES = {
 }
 
 LEAST_COSINE_CPU = 0.985
-"""With the CPU's gradient. Compiled and eager code round 16 bits in other places, so integers near an edge fall to either
-side of it: 0.995 in bfloat16 between the two on one CPU."""
+"""With the CPU's gradient. Compiled and eager code round 16 bits in other places, so integers near an edge fall to
+either side of it: 0.995 in bfloat16 between the two on one CPU."""
 
 
 def stages(names: Sequence[str], device: str, is_eager: bool = False) -> Iterator[dict[str, Any]]:
