@@ -80,7 +80,8 @@ def bitsandbytes_int8(model: nn.Module) -> nn.Module:
 
     def quantized(linear: nn.Linear) -> nn.Module:
         new = bnb.nn.Linear8bitLt(*sizes(linear), has_fp16_weights=False, threshold=6.0)
-        new.weight = bnb.nn.Int8Params(linear.weight.data, requires_grad=False, has_fp16_weights=False)
+        # It quantizes what moves from the CPU, nothing that lies on a card already.
+        new.weight = bnb.nn.Int8Params(linear.weight.data.cpu(), requires_grad=False, has_fp16_weights=False)
         new.bias = linear.bias
         return new.to(linear.weight.device)  # quantizes
 
