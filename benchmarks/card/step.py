@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks import peers
-from benchmarks.cuda import device as cards
-from benchmarks.cuda import parts, plan
-from benchmarks.cuda.systems import SYSTEMS
+from benchmarks.card import device as cards
+from benchmarks.card import parts, plan
+from benchmarks.card.systems import SYSTEMS
 
 VOCABULARY = 4096
 """Small, so that the blocks and not the head are what is measured."""

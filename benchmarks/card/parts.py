@@ -11,7 +11,7 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.cuda.targets import (
+from benchmarks.card.targets import (
     ADAPTERS,
     ATTENTION,
     BUDGET_MS,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import quaff_fx
-from benchmarks.cuda import device as cards
+from benchmarks.card import device as cards
 
 SIZES = (
     (4096, 4096, 14336),

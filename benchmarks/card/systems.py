@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from benchmarks import peers
-from benchmarks.cuda import plan
+from benchmarks.card import plan
 
 
 def with_tf32(prepare: Callable[[nn.Module], nn.Module], model: nn.Module) -> nn.Module:

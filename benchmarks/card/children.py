@@ -191,4 +191,4 @@ class Pool:
 
 def worker_command(kind: str, arguments: Mapping[str, Any]) -> list[str]:
     """Returns what runs `worker.py`."""
-    return [sys.executable, "-m", "benchmarks.cuda.worker", kind, json.dumps(arguments)]
+    return [sys.executable, "-m", "benchmarks.card.worker", kind, json.dumps(arguments)]

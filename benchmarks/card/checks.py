@@ -18,9 +18,9 @@ import torch
 from torch import nn
 
 import quaff_fx
-from benchmarks.cuda import device as cards
-from benchmarks.cuda.exactness import CHECKS as EXACTNESS
-from benchmarks.cuda.small_model import (
+from benchmarks.card import device as cards
+from benchmarks.card.exactness import CHECKS as EXACTNESS
+from benchmarks.card.small_model import (
     CALIBRATION_STEPS,
     CPU,
     batch,

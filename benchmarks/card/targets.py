@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from benchmarks.cuda import plan
+from benchmarks.card import plan
 
 FROZEN = "frozen products"
 ADAPTERS = "adapters' products"

@@ -10,8 +10,8 @@ from typing import Any
 
 from tabulate import tabulate
 
-from benchmarks.cuda import plan, targets
-from benchmarks.cuda.targets import BUDGET_MS, Results
+from benchmarks.card import plan, targets
+from benchmarks.card.targets import BUDGET_MS, Results
 
 
 def write(results: Results, folder: Path) -> None:

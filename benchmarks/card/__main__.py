@@ -1,8 +1,8 @@
 """Everything that is to be measured on a CUDA card, in one command of less than four minutes.
 
-    python -m benchmarks.cuda                              # all, into runs/cuda/
-    python -m benchmarks.cuda --parts steps --shapes 8b    # one shape
-    python -m benchmarks.cuda --dry-run                    # every line of it on a CPU, in tiny sizes, not compiled
+    python -m benchmarks.card                              # all, into runs/cuda/
+    python -m benchmarks.card --parts steps --shapes 8b    # one shape
+    python -m benchmarks.card --dry-run                    # every line of it on a CPU, in tiny sizes, not compiled
 
 First all systems compile, in processes of their own and as many at once as the machine has room for; then each takes
 its steps alone, the others waiting. What hangs, crashes or has no time left is listed, and the rest goes on. The report
@@ -21,8 +21,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.cuda import plan, report, targets
-from benchmarks.cuda.children import ROOT, Budget, Job, Pool, worker_command
+from benchmarks.card import plan, report, targets
+from benchmarks.card.children import ROOT, Budget, Job, Pool, worker_command
 
 PARTS = ("steps", "products", "checks")
 
@@ -185,7 +185,7 @@ class Benchmark:
 
 def parse_options(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.cuda", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m benchmarks.card", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
     add("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="(default: all)")

@@ -17,11 +17,11 @@ import torch
 from torch import nn
 
 from benchmarks import peers
-from benchmarks.cuda import __main__ as command
-from benchmarks.cuda import checks, parts, plan, report, step, systems, targets
-from benchmarks.cuda.children import ROOT, Budget, Job, Pool
-from benchmarks.cuda.parts import Kernel
-from benchmarks.cuda.targets import Results
+from benchmarks.card import __main__ as command
+from benchmarks.card import checks, parts, plan, report, step, systems, targets
+from benchmarks.card.children import ROOT, Budget, Job, Pool
+from benchmarks.card.parts import Kernel
+from benchmarks.card.targets import Results
 
 ANSWERS = """
 import json, sys
@@ -383,7 +383,7 @@ class TestChecks:
 
     @pytest.mark.parametrize("name", ["int8 product", "int8 product with epilogue", "row quantizer"])
     def test_a_kernel_that_is_wrong_fails(self, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-        from benchmarks.cuda import exactness
+        from benchmarks.card import exactness
 
         product, quantize = exactness._int8_linear, exactness._quantize
 
@@ -445,7 +445,7 @@ class TestCommand:
     def test_an_interrupt_leaves_the_report_and_no_process(self, tmp_path: Path) -> None:
         words = ["--dry-run", "--parts", "products", "checks", "--checks", "kernels", "--output", str(tmp_path)]
         process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.cuda", *words], cwd=ROOT, stdout=subprocess.PIPE, text=True
+            [sys.executable, "-m", "benchmarks.card", *words], cwd=ROOT, stdout=subprocess.PIPE, text=True
         )
         assert process.stdout is not None
         for line in process.stdout:

@@ -1,4 +1,4 @@
-"""A process that `children.py` leads: ``python -m benchmarks.cuda.worker KIND ARGUMENTS``."""
+"""A process that `children.py` leads: ``python -m benchmarks.card.worker KIND ARGUMENTS``."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def main(kind: str, arguments: str) -> int:
         answers.flush()
 
     try:
-        stages = importlib.import_module(f"benchmarks.cuda.{kind}").stages
+        stages = importlib.import_module(f"benchmarks.card.{kind}").stages
         for answer in stages(**json.loads(arguments)):
             send(answer)
             if not answer.get("more") and not sys.stdin.readline():

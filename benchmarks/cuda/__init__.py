@@ -1,1 +1,0 @@
-"""Everything that is to be measured on a CUDA card, as one command: ``python -m benchmarks.cuda``."""
