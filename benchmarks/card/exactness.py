@@ -101,7 +101,9 @@ def quantizer(device: torch.device) -> str:
                 _expect(difference.max() <= 1, f"{where}: integers {int(difference.max())} off")
                 moved_most = max(moved_most, float((difference > 0).double().mean()))
                 torch.testing.assert_close(x_scale, expected[1], rtol=1e-5, atol=0, msg=lambda m, w=where: f"{w}: {m}")
-                _expect(torch.equal(x_outlier, expected[2]), f"{where}: outliers differ")
+                # With an infinite smoothing scale they are values of x, which 16 bits hold if x has them; then zeros.
+                _expect(torch.equal(x_outlier[:, :2].float(), expected[2]), f"{where}: outliers differ")
+                _expect(not x_outlier[:, 2:].any(), f"{where}: columns past the outliers are not zero")
     _expect(moved_most <= MAX_MOVED_SHARE, f"{moved_most:.2%} of the integers are one off")
     return f"at most {moved_most:.3%} of the integers are one off"
 
@@ -150,9 +152,7 @@ def _int8_linear(
 
 
 def _quantize(x: Tensor, channels: Tensor, smoothing: Tensor, rotation: int) -> tuple[Tensor, Tensor, Tensor]:
-    ops = torch.ops.quaff
-    quantize = ops.quantize_rotated if rotation > 1 else ops.quantize_activation
-    result: tuple[Tensor, Tensor, Tensor] = quantize(x, channels, smoothing, 127, rotation)
+    result: tuple[Tensor, Tensor, Tensor] = torch.ops.quaff.quantize_rows(x, channels, smoothing, 127, rotation)
     return result
 
 

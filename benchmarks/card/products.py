@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import quaff_fx
 from benchmarks.card import device as cards
 
 SIZES = (
@@ -89,7 +88,6 @@ def product_calls(tokens: int, k: int, n: int, device: torch.device) -> dict[str
         right_bfloat16 = w_bfloat16 if is_backward else w_bfloat16.t()
         calls[f"{direction}, bfloat16"] = partial(torch.mm, a.to(torch.bfloat16), right_bfloat16)
         calls[f"{direction}, _int_mm, bare int32"] = partial(torch._int_mm, a, right)
-        dtype = low_rank_dtype()
         calls[f"{direction}, quaff::int8_linear"] = partial(
             torch.ops.quaff.int8_linear,
             a,
@@ -97,8 +95,8 @@ def product_calls(tokens: int, k: int, n: int, device: torch.device) -> dict[str
             is_backward,
             torch.rand(tokens, device=device),
             None if is_backward else torch.rand(n, device=device),
-            torch.randn(tokens, LOW_RANK, device=device, dtype=dtype),
-            torch.randn(LOW_RANK, columns, device=device, dtype=dtype),
+            torch.randn(tokens, LOW_RANK, device=device, dtype=torch.bfloat16),
+            torch.randn(LOW_RANK, columns, device=device, dtype=torch.bfloat16),
             None,
             torch.bfloat16,
             127,
@@ -107,21 +105,9 @@ def product_calls(tokens: int, k: int, n: int, device: torch.device) -> dict[str
     return calls
 
 
-def low_rank_dtype() -> torch.dtype:
-    """The dtype of outlier columns and adapters: the model's 16 bits if the op takes them, else float32."""
-    a, w = (torch.empty(16, 64, dtype=torch.int8, device="meta") for _ in range(2))
-    scale = torch.empty(16, device="meta")
-    low_rank = torch.empty(16, 16, dtype=torch.bfloat16, device="meta")
-    try:
-        torch.ops.quaff.int8_linear(a, w, False, scale, scale, low_rank, low_rank, None, torch.bfloat16, 127, 1)
-    except quaff_fx.QuaffError:
-        return torch.float32
-    return torch.bfloat16
-
-
 def quantizer_call(x: Tensor) -> Callable[[], tuple[Tensor, Tensor, Tensor]]:
     """Quantizes x with one outlier channel in a hundred, as the default config has them."""
     count = max(1, x.shape[1] // 100)
     channels = torch.randperm(x.shape[1], device=x.device)[:count].sort().values
     smoothing = torch.full((count,), torch.inf, device=x.device)
-    return partial(torch.ops.quaff.quantize_rotated, x, channels, smoothing, 127, LOW_RANK)
+    return partial(torch.ops.quaff.quantize_rows, x, channels, smoothing, 127, LOW_RANK)
