@@ -89,12 +89,13 @@ def _shared(node: Node) -> Node:
         return node
     shape = str(tuple(lowered.value(node).shape))  # as text, since comparing sizes that are symbols would add guards
     views = [user for user in source.users if matching.is_call(user, *lowered.VIEWS)]
-    first, *others = [view for view in views if str(tuple(lowered.value(view).shape)) == shape] or [None]
-    if first is None:
+    same = [view for view in views if str(tuple(lowered.value(view).shape)) == shape]
+    if not same:
         return node
+    first, *others = same
     source.append(first)
     for other in (*others, node):
-        if other is not None and other is not first:
+        if other is not first:
             other.replace_all_uses_with(first)
     return first
 

@@ -22,7 +22,7 @@ from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from torch.overrides import TorchFunctionMode
 
 from quaff_fx import backend, ops
-from quaff_fx.kernels import dispatch
+from quaff_fx.kernels import cuda, dispatch
 from quaff_fx.passes.infrastructure import RunResult
 
 DEVICE = torch.device("cuda", 0)
@@ -121,7 +121,8 @@ def card(architecture: int = 90) -> Iterator[None]:
 
 def _forget() -> None:
     """Clears what was asked of the device once and for all."""
-    for function in (dispatch.kernels_of, *vars(torch.utils._triton).values()):
+    own = (dispatch.kernels_of, cuda.reason_without_triton, cuda.architecture)
+    for function in (*own, *vars(torch.utils._triton).values()):
         if hasattr(function, "cache_clear"):
             function.cache_clear()
 

@@ -53,7 +53,11 @@ ORDER = (
     "passes.readable",
     "passes.normalize",
     "passes.quantize",
+    "passes.lowered",
     "passes.fold",
+    "passes.factors",
+    "passes.join",
+    "passes.launch",
     "passes.spec",
     "passes.pipeline",
     "passes",
@@ -88,6 +92,9 @@ MAY_USE_PRIVATE_TORCH = {
     "hosts.torch": {"torch._dynamo"},
     "observe": {"torch._C"},
     "weights.int8_weight": {"torch._C", "torch.utils._pytree"},
+    "passes.factors": {"torch._inductor"},
+    "passes.launch": {"torch.utils._pytree"},
+    "passes.lowered": {"torch._guards"},
     "passes.matching": {"torch._ops"},
 }
 """The private modules that a file may touch; each is named in docs/architecture.md."""

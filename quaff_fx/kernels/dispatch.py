@@ -52,7 +52,7 @@ _REFERENCE = Kernels(
     reference.int8_linear,
     reference.quantize_activation,
 )
-_CUDA = Kernels(
+_INT_MM = Kernels(
     "torch._int_mm",
     functools.partial(reference.int8_linear, int8_matmul=cuda.int8_matmul),
     reference.quantize_activation,
@@ -65,7 +65,7 @@ _SUPPORTED = ("cpu", "cuda")
 def kernels_of(device: torch.device) -> Kernels:
     """Returns the kernels of a device; warns if those of a CPU cannot be compiled here, and plain torch takes over."""
     if device.type == "cuda":
-        return _CUDA
+        return _INT_MM if cuda.reason_without_triton(device) else _of_card(device)
     if device.type != "cpu":
         return _REFERENCE
     found = cpu.obstacle_to_kernel()
@@ -80,6 +80,22 @@ def kernels_of(device: torch.device) -> Kernels:
         owns_epilogue=True,
         owns_rotation=True,
         activation_max=63 if instructions == "avx2" else 127,
+    )
+
+
+def _of_card(device: torch.device) -> Kernels:
+    from quaff_fx.kernels.cuda import product, rows
+
+    return Kernels(
+        f"Triton, sm_{cuda.architecture(device)}",
+        product.int8_linear,
+        rows.quantize_activation,
+        owns_epilogue=True,
+        owns_rotation=True,
+        owns_quantizer=True,
+        owns_low_rank=True,
+        launched_by_inductor=True,
+        outlier_operand=rows.outlier_operand,
     )
 
 

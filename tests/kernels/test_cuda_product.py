@@ -42,8 +42,8 @@ def operands(t: int, c: int, o: int, r: int, dtype: torch.dtype, w_dtype: torch.
         "w_scale": normal(c, seed=4).abs() * 1e-2,
         "a_outlier": a_outlier,
         "w_outlier": normal(o, c, seed=5, dtype=w_dtype or dtype),
-        "a_lowrank": normal(t, r, seed=6, dtype=dtype),
-        "w_lowrank": normal(c, r, seed=7, dtype=dtype).t(),
+        "a_low_rank": normal(t, r, seed=6, dtype=dtype),
+        "w_low_rank": normal(c, r, seed=7, dtype=dtype).t(),
         "bias": normal(c, seed=8),
         "out_dtype": dtype,
     }
@@ -61,7 +61,7 @@ def assert_is_formula(a: Tensor, w: Tensor, transpose_w: bool, rotation: int = 1
     rounding = HALF_ULP[dtype] * expected.abs().amax(1, keepdim=True) * math.sqrt(rotation) if rotation > 1 else 0.0
     expected = interpreted.rotated(expected, rotation)
     size = expected.abs()
-    for left, right in (("a_outlier", "w_outlier"), ("a_lowrank", "w_lowrank")):
+    for left, right in (("a_outlier", "w_outlier"), ("a_low_rank", "w_low_rank")):
         if given.get(left) is not None:
             rank = given[right].shape[0]
             pair = given[left][:, :rank].double(), given[right].to(dtype).double()
@@ -105,10 +105,10 @@ def test_the_epilogue_is_the_formula(tokens: int, dtype: torch.dtype, transpose_
 
 
 @DTYPES
-@pytest.mark.parametrize("missing", ["a_scale", "w_scale", "outlier", "lowrank", "bias", "all"])
+@pytest.mark.parametrize("missing", ["a_scale", "w_scale", "outlier", "low_rank", "bias", "all"])
 def test_what_is_not_given_is_left_out(missing: str, dtype: torch.dtype) -> None:
     given = operands(35, 61, 3, 4, dtype)
-    gone = {"outlier": ["a_outlier", "w_outlier"], "lowrank": ["a_lowrank", "w_lowrank"]}
+    gone = {"outlier": ["a_outlier", "w_outlier"], "low_rank": ["a_low_rank", "w_low_rank"]}
     names = [name for name in given if name != "out_dtype"] if missing == "all" else gone.get(missing, [missing])
     assert_is_formula(
         integers(35, 50, seed=0, limit=9), integers(61, 50, seed=1, limit=9), False, **given | dict.fromkeys(names)
@@ -151,8 +151,8 @@ def test_operands_may_have_any_strides_and_other_dtypes() -> None:
     strided = {
         "a_outlier": given["a_outlier"].float().t().contiguous().t(),
         "w_outlier": given["w_outlier"].repeat_interleave(2, dim=1)[:, ::2],
-        "a_lowrank": given["a_lowrank"].t().contiguous().t(),
-        "w_lowrank": given["w_lowrank"].contiguous(),
+        "a_low_rank": given["a_low_rank"].t().contiguous().t(),
+        "w_low_rank": given["w_low_rank"].contiguous(),
         "bias": given["bias"].double(),
     }
     a, w = integers(40, 64, seed=0).t().contiguous().t(), integers(48, 64, seed=1).repeat_interleave(2, dim=0)[::2]

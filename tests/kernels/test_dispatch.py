@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Iterator
 
@@ -10,6 +11,7 @@ import torch
 
 from quaff_fx.errors import QuaffWarning
 from quaff_fx.kernels import cpu, cuda, dispatch, reference
+from tests.cards import card
 from tests.data import integers
 
 
@@ -46,11 +48,29 @@ def test_a_cpu_has_its_own_kernel() -> None:
     assert kernels.name == f"own kernel, {cpu.instruction_set()}"
 
 
-def test_cuda_multiplies_with_its_own_product_and_leaves_the_epilogue_to_inductor() -> None:
-    kernels = dispatch.kernels_of(torch.device("cuda", 1))
+@pytest.mark.parametrize("architecture", [None, 75])
+def test_cuda_without_triton_multiplies_and_leaves_the_epilogue_to_inductor(architecture: int | None) -> None:
+    """Without a card (tensors are fake then), and on Turing, whose int8 product Triton does not know."""
+    with contextlib.nullcontext() if architecture is None else card(architecture):
+        kernels = dispatch.kernels_of(torch.device("cuda", 0))
     assert kernels.int8_linear.keywords == {"int8_matmul": cuda.int8_matmul}  # type: ignore[attr-defined]
     assert not kernels.owns_epilogue
     assert not kernels.owns_rotation
+
+
+@pytest.mark.parametrize("architecture", [80, 86, 89, 90, 100, 120])
+def test_cuda_has_kernels_of_triton_that_inductor_launches(architecture: int) -> None:
+    pytest.importorskip("triton", reason="Triton is not installed")
+    with card(architecture):
+        kernels = dispatch.kernels_of(torch.device("cuda", 0))
+    from quaff_fx.kernels.cuda import product, rows
+
+    assert (kernels.int8_linear, kernels.quantize_activation) == (product.int8_linear, rows.quantize_activation)
+    assert kernels.name == f"Triton, sm_{architecture}"
+    assert kernels.owns_epilogue
+    assert kernels.owns_quantizer
+    assert kernels.launched_by_inductor
+    assert kernels.outlier_operand(torch.bfloat16, 41) == (torch.bfloat16, 48)
 
 
 def test_any_other_device_takes_the_contract_itself() -> None:

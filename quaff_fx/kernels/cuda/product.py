@@ -42,14 +42,14 @@ def plus_pair(
 
 @triton.jit
 def int8_linear_kernel(
-    a_ptr, w_ptr, out_ptr, a_scale_ptr, w_scale_ptr, a_outlier_ptr, w_outlier_ptr, a_lowrank_ptr, w_lowrank_ptr,
+    a_ptr, w_ptr, out_ptr, a_scale_ptr, w_scale_ptr, a_outlier_ptr, w_outlier_ptr, a_low_rank_ptr, w_low_rank_ptr,
     bias_ptr, T, C, K, stride_at, stride_ak, stride_wc, stride_wk,
     stride_aot, stride_aor, stride_wor, stride_woc, stride_alt, stride_alr, stride_wlr, stride_wlc,
     HAS_A_SCALE: tl.constexpr, HAS_W_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr, OUTLIERS: tl.constexpr,
     W_OUTLIERS: tl.constexpr, RANK: tl.constexpr, ROTATION: tl.constexpr, IS_EVEN: tl.constexpr,
     TOKENS: tl.constexpr, COLUMNS: tl.constexpr, REDUCTION: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """A tile of ``rotate(a_scale w_scale (a wᵀ)) + a_outlier w_outlier + a_lowrank w_lowrank + bias``; w is (C, K)."""
+    """A tile of ``rotate(a_scale w_scale (a wᵀ)) + a_outlier w_outlier + a_low_rank w_low_rank + bias``, w (C, K)."""
     # Neighbouring programs share rows of w: GROUP tiles of tokens, then the next columns. So w is read once per group.
     tiles_t = tl.cdiv(T, TOKENS)
     in_group = GROUP * tl.cdiv(C, COLUMNS)
@@ -100,8 +100,8 @@ def int8_linear_kernel(
             w_columns = w_outlier_ptr + wide_c * stride_woc + column[None, :] * stride_woc
             out = plus_pair(out, a_rows, w_columns, stride_aor, stride_wor, OUTLIERS, W_OUTLIERS, dtype)
         if RANK > 0:
-            a_rows = a_lowrank_ptr + wide_t * stride_alt + row[:, None] * stride_alt
-            w_columns = w_lowrank_ptr + wide_c * stride_wlc + column[None, :] * stride_wlc
+            a_rows = a_low_rank_ptr + wide_t * stride_alt + row[:, None] * stride_alt
+            w_columns = w_low_rank_ptr + wide_c * stride_wlc + column[None, :] * stride_wlc
             out = plus_pair(out, a_rows, w_columns, stride_alr, stride_wlr, RANK, RANK, dtype)
         if HAS_BIAS:
             out += tl.load(bias_ptr + corner_c + column).to(tl.float32)[None, :]
@@ -134,13 +134,13 @@ def int8_linear(
     w_scale: Tensor | None = None,
     a_outlier: Tensor | None = None,
     w_outlier: Tensor | None = None,
-    a_lowrank: Tensor | None = None,
-    w_lowrank: Tensor | None = None,
+    a_low_rank: Tensor | None = None,
+    w_low_rank: Tensor | None = None,
     bias: Tensor | None = None,
     out_dtype: torch.dtype = torch.int32,
     rotation: int = 1,
 ) -> Tensor:
-    """Returns what `kernels.reference.int8_linear` gives, plus ``a_lowrank w_lowrank``; with `transpose_w` of ``a w``.
+    """Returns what `kernels.reference.int8_linear` gives.
 
     Integers are added up exactly. The rest is float32, but for what tensor cores multiply: of a 16-bit `out_dtype` the
     operands of both pairs, and the result before the rotation, are rounded to it; of float32 they keep 22 bits.
@@ -156,7 +156,7 @@ def int8_linear(
         a_scale: (T,) float32. w_scale: (C,) float32. bias: (C,) floating point.
         a_outlier: (T, O') floating point. w_outlier: (O, C) floating point, O up to O'. Columns of a_outlier past O are
             zero, as `rows.quantize_activation` gives them. A multiple of 16 is fastest.
-        a_lowrank: (T, R) floating point. w_lowrank: (R, C) floating point.
+        a_low_rank: (T, R) floating point. w_low_rank: (R, C) floating point.
         out_dtype: float32, bfloat16 or float16; or int32 for the bare accumulator, without the rest.
         rotation: B of `numerics.rotate`, at most 64, which the first term goes through.
 
@@ -171,15 +171,16 @@ def int8_linear(
         return out
     tile = tiles.product_tile(tiles.architecture(a_int8.device), tokens, out_dtype)
     size = tile.constants
-    outliers = _pair(a_outlier, w_outlier, a_int8)
-    lowrank = _pair(a_lowrank, w_lowrank, a_int8)
+    # A pointer has to stand for what is not there. Not that of a_int8: Inductor would compute it once for each.
+    outliers = _pair(a_outlier, w_outlier, w)
+    low_rank = _pair(a_low_rank, w_low_rank, w)
     kernel = wrap_triton(tiles.tiled(int8_linear_kernel, tile))
     kernel[(-(-tokens // size["TOKENS"]) * -(-columns // size["COLUMNS"]),)](
-        a_int8, w, out, a_int8 if a_scale is None else a_scale, a_int8 if w_scale is None else w_scale,
-        outliers.a, outliers.b, lowrank.a, lowrank.b, a_int8 if bias is None else bias,
+        a_int8, w, out, w if a_scale is None else a_scale, w if w_scale is None else w_scale,
+        outliers.a, outliers.b, low_rank.a, low_rank.b, w if bias is None else bias,
         tokens, columns, reduction, *a_int8.stride(), *w.stride(),
-        *outliers.a.stride(), *outliers.b.stride(), *lowrank.a.stride(), *lowrank.b.stride(),
+        *outliers.a.stride(), *outliers.b.stride(), *low_rank.a.stride(), *low_rank.b.stride(),
         a_scale is not None, w_scale is not None, bias is not None,
-        outliers.a_rank, outliers.b_rank, lowrank.a_rank, rotation, reduction % size["REDUCTION"] == 0,
+        outliers.a_rank, outliers.b_rank, low_rank.a_rank, rotation, reduction % size["REDUCTION"] == 0,
     )  # fmt: skip
     return out

@@ -116,6 +116,11 @@ def quantize_kernel(
             tl.store(x_outlier_ptr + tl.cast(row, tl.int64) * PADDED + o, x_o.to(dtype), mask=o < PADDED)
 
 
+def outlier_operand(dtype: torch.dtype, outliers: int) -> tuple[torch.dtype, int]:
+    """Returns dtype and columns of x_outlier for O outlier channels of an x of a dtype."""
+    return dtype if dtype.itemsize == 2 else torch.float32, outlier_columns(outliers)
+
+
 def outlier_columns(outliers: int) -> int:
     """Returns how many columns x_outlier has for O outlier channels: O rounded up to a multiple of 16."""
     return -(-outliers // OUTLIER_MULTIPLE) * OUTLIER_MULTIPLE
@@ -140,10 +145,9 @@ def quantize_activation(
     """
     tokens, features = x.shape
     outliers = outlier_channels.shape[0]
-    padded = outlier_columns(outliers)
+    dtype, padded = outlier_operand(x.dtype, outliers)
     x_int8 = torch.empty((tokens, features), dtype=torch.int8, device=x.device)
     x_scale = torch.empty((tokens,), dtype=torch.float32, device=x.device)
-    dtype = x.dtype if x.dtype.itemsize == 2 else torch.float32
     x_outlier = torch.empty((tokens, padded), dtype=dtype, device=x.device)
     if tokens == 0:
         return x_int8, x_scale, x_outlier
