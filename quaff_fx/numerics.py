@@ -76,28 +76,30 @@ def rotation_block(features: int, largest: int) -> int:
 
 
 def rotate(x: Tensor, block: int) -> Tensor:
-    """Returns x (..., K) with its features mixed by ``H_B ⊗ I``, H the orthogonal Sylvester-Hadamard matrix.
+    """Returns x (..., K) with each block of B neighbouring features multiplied by H_B: ``x (I ⊗ H_B)``.
 
-    It is its own inverse. Feature i meets the B features ``i mod K/B + j K/B``, far from each other, so a kernel adds
-    up long vectors. An orthogonal matrix leaves ``x Wᵀ`` what it was when both are rotated; it spreads what is large in
-    one feature over B, so that a row's absmax, and with it the rounding error, falls. Source: the online Hadamard
-    transform of QuaRot (Ashkboos and others, NeurIPS 2024); here in blocks, and on every frozen linear.
+    ``x.reshape(..., K/B, B) @ H_B``, H the orthogonal Sylvester-Hadamard matrix: 1/√B times (-1)^(bits set in i & j).
+    It is its own inverse, and leaves ``x Wᵀ`` what it was when both are rotated. It spreads what is large in one
+    feature over B, so that a row's absmax, and with it the rounding error, falls. Blocks are contiguous, so that a
+    kernel that has a few neighbouring columns of a result in registers can rotate them there. Source: the online
+    Hadamard transform of QuaRot (Ashkboos and others, NeurIPS 2024); here in blocks, and on every frozen linear.
 
-    Sums are taken in a fixed order, so that a row comes out the same in whatever batch it is.
+    Sums are taken in a fixed order, so that a row comes out the same in whatever batch it is: after the factor, first
+    over features that differ in bit 0 of their index, then in bit 1, and so on. `kernels/cpu/int8_rotate.h` adds in the
+    same order, so both give the same bits.
 
     Args:
         x: (..., K) float32. block: B, a power of two that divides K; 1 returns x.
     """
     if block == 1:
         return x
-    *leading, features = x.shape
-    x = x * (1.0 / math.sqrt(block))
-    length = features // block
-    while length < features:
-        first, second = x.reshape(*leading, features // (2 * length), 2, length).unbind(-2)
-        x = torch.stack([first + second, first - second], dim=-2)
-        length *= 2
-    return x.reshape(*leading, features)
+    shape = x.shape
+    x = x.reshape(-1, block) * (1.0 / math.sqrt(block))
+    # Sums go before differences, which turns the next bit of the index into bit 0. After all bits each is in its place.
+    for _ in range(block.bit_length() - 1):
+        first, second = x.reshape(-1, block // 2, 2).unbind(-1)
+        x = torch.cat([first + second, first - second], dim=-1)
+    return x.reshape(shape)
 
 
 def outlier_rows(columns: Tensor) -> Tensor:

@@ -462,10 +462,20 @@ class TestRotation:
         x = normal(33, 576, seed=5)
         assert torch.equal(numerics.rotate(x, 64)[7:9], numerics.rotate(x[7:9], 64))
 
-    def test_features_that_meet_lie_far_apart(self) -> None:
+    @pytest.mark.parametrize(("features", "block"), [(12, 4), (96, 32), (192, 64), (512, 256)])
+    def test_each_block_of_neighbours_meets_the_matrix_and_blocks_are_contiguous(
+        self, features: int, block: int
+    ) -> None:
+        bits = [[(i & j).bit_count() for j in range(block)] for i in range(block)]
+        h = (1.0 - 2.0 * (torch.tensor(bits) % 2)).double() / math.sqrt(block)
+        x = normal(5, features, seed=4)
+        expected = torch.cat([piece.double() @ h for piece in x.split(block, dim=1)], dim=1)
+        torch.testing.assert_close(numerics.rotate(x, block).double(), expected, rtol=0, atol=1e-5)
+
+    def test_features_that_meet_are_contiguous(self) -> None:
         x = torch.zeros(1, 12)
-        x[0, 1] = 2.0
-        assert numerics.rotate(x, 4).flatten().nonzero().flatten().tolist() == [1, 4, 7, 10]
+        x[0, 5] = 2.0
+        assert numerics.rotate(x, 4).flatten().nonzero().flatten().tolist() == [4, 5, 6, 7]
 
     @pytest.mark.parametrize("shape", [(5, 96), (2, 3, 96), (0, 96)])
     def test_it_is_its_own_inverse_and_leaves_products(self, shape: tuple[int, ...]) -> None:

@@ -542,8 +542,8 @@ def test_activations_that_do_not_fit_raise(changed: dict[str, object], message: 
         cpu.quantize_activation(**{**arguments, "activation_max": 127, "rotation": 1, **changed})
 
 
-ROTATIONS = [(576, 64), (96, 32), (40, 8), (6, 2), (100, 4), (64, 64), (2048, 16)]
-"""Width and block, so that pieces are shorter and longer than a vector, whole and not."""
+ROTATIONS = [(576, 64), (96, 32), (40, 8), (6, 2), (100, 4), (64, 64), (2048, 16), (384, 128), (512, 256), (1024, 1024)]
+"""Width and block: shorter than a vector, whole or not, of several vectors, and longer than what stays in registers."""
 
 
 @pytest.mark.parametrize("activation_max", [63, 127])
@@ -651,8 +651,8 @@ int main() {
       quaff::rotate_row(rotated.data(), reduction, block);
       for (int i = 0; i < reduction; i++) {
         double sum = 0;
-        for (int j = i % (reduction / block), k = 0; k < block; j += reduction / block, k++) {
-          sum += (__builtin_popcount(i / (reduction / block) & k) % 2 ? -1.0 : 1.0) * x[j];
+        for (int j = i / block * block, k = 0; k < block; j++, k++) {
+          sum += (__builtin_popcount(i % block & k) % 2 ? -1.0 : 1.0) * x[j];
         }
         wrong += !(std::abs(rotated[i] - sum / std::sqrt(block)) < 1e-3);
       }

@@ -1,6 +1,7 @@
-// Mixing the features of a row by H (x) I, H the orthogonal Hadamard matrix of a power of two: numerics.rotate.
+// Multiplying each block of neighbours in a row by H, the orthogonal Hadamard matrix of a power of two: numerics.rotate.
 //
-// Features that meet lie a multiple of width / block apart, so a butterfly adds vectors of neighbours and shuffles none.
+// H is a butterfly for each bit of the index. The lowest bits pair lanes of one vector, the others whole vectors. Bits
+// are taken from the lowest on, as numerics.rotate does, so sums come out bit for bit the same.
 #pragma once
 
 #include "int8_isa.h"
@@ -21,76 +22,132 @@ static inline vfloat load_some(const float* from, int64_t count) {
 #endif
 }
 
-static inline void store_some(float* to, int64_t count, vfloat value) {
+static inline void store_some(void* to, int kind, int64_t index, int64_t count, vfloat value) {
+  char lanes[sizeof(vfloat)];
+  store_kind(lanes, kind, 0, value);
+  const int64_t size = kind == kFloat32 ? 4 : 2;
+  std::memcpy(static_cast<char*>(to) + index * size, lanes, count * size);
+}
+
+// Lane i of the result is lane i ^ stride of x.
+template <int stride>
+static inline vfloat exchanged(vfloat x) {
 #if defined(QUAFF_AVX512)
-  _mm512_mask_storeu_ps(to, static_cast<__mmask16>((1u << count) - 1u), (__m512)value);
+  if constexpr (stride == 1) return (vfloat)_mm512_permute_ps((__m512)x, 0xb1);
+  if constexpr (stride == 2) return (vfloat)_mm512_permute_ps((__m512)x, 0x4e);
+  if constexpr (stride == 4) return (vfloat)_mm512_shuffle_f32x4((__m512)x, (__m512)x, 0xb1);
+  if constexpr (stride == 8) return (vfloat)_mm512_shuffle_f32x4((__m512)x, (__m512)x, 0x4e);
 #elif defined(QUAFF_AVX2)
-  const vint lanes = {0, 1, 2, 3, 4, 5, 6, 7};
-  _mm256_maskstore_ps(to, (__m256i)(lanes < vint{} + static_cast<int32_t>(count)), (__m256)value);
+  if constexpr (stride == 1) return (vfloat)_mm256_permute_ps((__m256)x, 0xb1);
+  if constexpr (stride == 2) return (vfloat)_mm256_permute_ps((__m256)x, 0x4e);
+  if constexpr (stride == 4) return (vfloat)_mm256_permute2f128_ps((__m256)x, (__m256)x, 1);
 #else
-  for (int64_t lane = 0; lane < count; lane++) to[lane] = value[lane];
+  static_assert(kLanes == 4, "a wider vector needs its own exchanges");
+  if constexpr (stride == 1) return vfloat{x[1], x[0], x[3], x[2]};
+  if constexpr (stride == 2) return vfloat{x[2], x[3], x[0], x[1]};
 #endif
 }
 
-// One butterfly of `ways` (2 or 4) pieces of `length` values each, scaled.
-template <int ways>
-static inline void butterfly(float* piece, int64_t length, float factor) {
-  for (int64_t i = 0; i < length; i += kLanes) {
-    const int64_t count = length - i;
-    const bool is_whole = count >= kLanes;
-    vfloat x[ways];
-    for (int w = 0; w < ways; w++) {
-      float* const from = piece + w * length + i;
-      x[w] = is_whole ? load<vfloat>(from) : load_some(from, count);
-      if (factor != 1.0f) {
-        x[w] *= factor;
-        QUAFF_ROUNDED(x[w]);
-      }
+// -1 in the lanes that are the second of a pair, 1 in the first.
+template <int stride>
+struct Signs {
+  float lanes[kLanes] = {};
+  constexpr Signs() {
+    for (int lane = 0; lane < kLanes; lane++) lanes[lane] = lane & stride ? -1.0f : 1.0f;
+  }
+};
+
+template <int stride>
+static constexpr Signs<stride> kSigns{};
+
+// The butterflies of strides below `block` that pair lanes: first + second, first - second. A product with a sign is
+// exact, so it may be fused with the sum.
+template <int block, int stride = 1>
+static inline __attribute__((always_inline)) vfloat rotate_lanes(vfloat x) {
+  if constexpr (stride < block && stride < kLanes) {
+    return rotate_lanes<block, 2 * stride>(x * load<vfloat>(kSigns<stride>.lanes) + exchanged<stride>(x));
+  } else {
+    return x;
+  }
+}
+
+// The butterflies that pair vectors.
+template <int vectors>
+static inline __attribute__((always_inline)) void rotate_vectors(vfloat (&x)[vectors]) {
+  for (int step = 1; step < vectors; step *= 2) {
+    for (int v = 0; v < vectors; v++) {
+      if (v & step) continue;
+      const vfloat sum = x[v] + x[v + step], difference = x[v] - x[v + step];
+      x[v] = sum;
+      x[v + step] = difference;
     }
-    for (int step = 1; step < ways; step *= 2) {
-      for (int w = 0; w < ways; w++) {
-        if (w & step) continue;
-        const vfloat sum = x[w] + x[w + step], difference = x[w] - x[w + step];
-        x[w] = sum;
-        x[w + step] = difference;
-      }
+  }
+}
+
+constexpr int kPiece = 64;  // values of a row that are rotated in registers
+
+// Rotates each `block` of a row, at most kPiece, with one reading and one writing; stores it at `to` as `kind`.
+template <int block>
+static void rotate_pieces(const float* row, int64_t width, float factor, void* to, int kind) {
+  constexpr int vectors = block > kLanes ? block / kLanes : 1;
+  for (int64_t i = 0; i < width; i += vectors * kLanes) {
+    const int64_t count = width - i;
+    const bool is_whole = vectors > 1 || count >= kLanes;
+    vfloat x[vectors];
+    for (int v = 0; v < vectors; v++) {
+      x[v] = is_whole ? load<vfloat>(row + i + v * kLanes) : load_some(row + i, count);
+      x[v] *= factor;
+      QUAFF_ROUNDED(x[v]);
+      x[v] = rotate_lanes<block>(x[v]);
     }
-    for (int w = 0; w < ways; w++) {
-      float* const to = piece + w * length + i;
+    rotate_vectors<vectors>(x);
+    for (int v = 0; v < vectors; v++) {
       if (is_whole) {
-        store(to, x[w]);
+        store_kind(to, kind, i + v * kLanes, x[v]);
       } else {
-        store_some(to, count, x[w]);
+        store_some(to, kind, i, count, x[v]);
       }
     }
   }
 }
 
+typedef void (*RotatePieces)(const float*, int64_t, float, void*, int);
+
+// rotate_pieces_of(block): rotate_pieces for a power of two from 2 to kPiece.
+template <int block = kPiece>
+static RotatePieces rotate_pieces_of(int wanted) {
+  if constexpr (block > 2) {
+    if (wanted < block) return rotate_pieces_of<block / 2>(wanted);
+  }
+  return rotate_pieces<block>;
+}
+
+// The butterflies of strides `length` to `ways` * `length` / 2, whole vectors apart.
 template <int ways>
-static inline void butterflies(float* row, int64_t width, int64_t length, float factor) {
-  for (int64_t start = 0; start < width; start += ways * length) butterfly<ways>(row + start, length, factor);
-}
-
-// Rotates a row in place; `block` is a power of two that divides its width.
-static void rotate_row(float* row, int64_t width, int block) {
-  float factor = static_cast<float>(1.0 / __builtin_sqrt(block));  // once, in the first pass
-  int64_t length = width / block;
-  int left = block;
-  for (; left >= 4; left /= 4, length *= 4, factor = 1.0f) butterflies<4>(row, width, length, factor);
-  if (left == 2) butterflies<2>(row, width, length, factor);
-}
-
-// Rotates a row in place and stores it at `to` as `kind`, unless it is there already.
-static void rotate_row_to(float* row, int64_t width, int block, void* to, int kind) {
-  rotate_row(row, width, block);
-  if (row == to) return;
-  const int64_t whole = width / kLanes * kLanes;
-  for (int64_t i = 0; i < whole; i += kLanes) store_kind(to, kind, i, load<vfloat>(row + i));
-  if (whole < width) {
-    char edge[kLanes * sizeof(float)];  // the compiler does not know that the kind is a narrow one
-    store_kind(edge, kind, 0, load_some(row + whole, width - whole));
-    std::memcpy(static_cast<uint16_t*>(to) + whole, edge, (width - whole) * sizeof(uint16_t));
+static void rotate_far(float* row, int64_t width, int64_t length) {
+  for (int64_t start = 0; start < width; start += ways * length) {
+    for (int64_t i = start; i < start + length; i += kLanes) {
+      vfloat x[ways];
+      for (int w = 0; w < ways; w++) x[w] = load<vfloat>(row + i + w * length);
+      rotate_vectors<ways>(x);
+      for (int w = 0; w < ways; w++) store(row + i + w * length, x[w]);
+    }
   }
 }
+
+// Rotates a row in place and stores it at `to` as `kind`; `to` may be the row. `block` is a power of two that divides
+// its width.
+static void rotate_row_to(float* row, int64_t width, int block, void* to, int kind) {
+  const float factor = static_cast<float>(1.0 / __builtin_sqrt(block));
+  if (block <= kPiece) return rotate_pieces_of(block)(row, width, factor, to, kind);
+  rotate_pieces<kPiece>(row, width, factor, row, kFloat32);
+  int64_t length = kPiece;
+  for (; length * 4 <= block; length *= 4) rotate_far<4>(row, width, length);
+  if (length < block) rotate_far<2>(row, width, length);
+  if (row == to) return;
+  for (int64_t i = 0; i < width; i += kLanes) store_kind(to, kind, i, load<vfloat>(row + i));
+}
+
+static void rotate_row(float* row, int64_t width, int block) { rotate_row_to(row, width, block, row, kFloat32); }
 
 }  // namespace quaff
