@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch._inductor.pattern_matcher import stable_topological_sort
 from torch.fx import Graph, GraphModule, Node
 
 from quaff_fx.kernels.dispatch import kernels_of
@@ -52,7 +51,7 @@ class JoinFirstFactors:
             for x, same in readers.items():
                 if len(same) > 1 and len({lowered.value(node).dtype for node in same}) == 1:
                     changes += join(graph, x, same)
-        stable_topological_sort(graph)
+        lowered.sort(graph)
         return PassResult(graph_module, tuple(changes))
 
 

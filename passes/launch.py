@@ -54,6 +54,7 @@ class LaunchKernels:
                 continue
             _inline(node, _traced(node))
             changes.append(Change(matching.named_site(node), "launched"))
+        lowered.sort(graph)  # a view that is shared may come before the size that it is given
         return PassResult(graph_module, tuple(changes))
 
 

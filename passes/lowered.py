@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._guards import detect_fake_mode
+from torch._inductor.pattern_matcher import stable_topological_sort
 from torch.fx import Graph, Node, map_arg
 
 from quaff_fx import ops
@@ -63,6 +64,11 @@ def revalue_views(node: Node) -> None:
         if matching.is_call(user, *VIEWS):
             user.meta["val"] = value_of_call(user)
             revalue_views(user)
+
+
+def sort(graph: Graph) -> None:
+    """Moves what stands before its operands behind them; all else stays where it is."""
+    stable_topological_sort(graph)
 
 
 def erase_unused(graph: Graph, node: Node) -> None:

@@ -12,17 +12,19 @@ from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
+import pytest
 import torch
 from torch import Tensor
 from torch._guards import TracingContext, tracing
 from torch._inductor.graph import GraphLowering
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import GraphModule
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from torch.overrides import TorchFunctionMode
 
 from quaff_fx import backend, ops
 from quaff_fx.kernels import cuda, dispatch
+from quaff_fx.passes import factors, join, launch, spec
 from quaff_fx.passes.infrastructure import RunResult
 
 DEVICE = torch.device("cuda", 0)
@@ -67,8 +69,7 @@ class _WithoutCopies(TorchFunctionMode):
 @contextmanager
 def card(architecture: int = 90) -> Iterator[None]:
     """Makes torch, Inductor and Triton see one card of an architecture."""
-    import triton
-
+    triton = pytest.importorskip("triton", reason="Triton is not installed")
     properties = SimpleNamespace(
         name=f"sm_{architecture}",
         major=architecture // 10,
@@ -127,28 +128,37 @@ def _forget() -> None:
             function.cache_clear()
 
 
+@contextmanager
+def as_on_card(architecture: int = 90) -> Iterator[None]:
+    """Makes tensors on the CPU, which are really there, have the kernels of a card."""
+    with card(architecture), ExitStack() as stack:
+        kernels = dispatch.kernels_of(DEVICE)
+        for module in (ops, factors, join, launch, spec):
+            stack.enter_context(mock.patch.object(module, "kernels_of", return_value=kernels))
+        yield
+
+
 def lowered(graph: backend.Graph, architecture: int = 90) -> list[GraphModule]:
     """Returns the graphs that Inductor would get on a card: forward and backward, before `pipeline.lower`.
 
     AOTAutograd traces on the CPU, since a torch that was built without CUDA has no autograd of its tensors, but with
     the kernels of the card; what it made is moved.
     """
-    with card(architecture):
-        kernels = dispatch.kernels_of(DEVICE)
     made: list[GraphModule] = []
 
     def keep(graph_module: GraphModule, **_: object) -> RunResult:
         made.append(graph_module)
         return RunResult(graph_module, ())
 
-    with mock.patch.object(ops, "kernels_of", return_value=kernels), mock.patch.object(backend.pipeline, "lower", keep):
+    with as_on_card(architecture), mock.patch.object(backend.pipeline, "lower", keep):
         backend.lower(graph.graph_module, graph.fake_inputs, graph.autocast)
     return [_moved(graph_module) for graph_module in made]
 
 
 def _moved(graph_module: GraphModule) -> GraphModule:
     """Returns the graph with every tensor on the card."""
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    placeholders = [node.meta["val"] for node in graph_module.graph.nodes if node.op == "placeholder"]
+    mode = next(value.fake_mode for value in placeholders if isinstance(value, FakeTensor))
     inputs = []
     for node in graph_module.graph.nodes:
         if node.op == "placeholder":

@@ -92,9 +92,8 @@ MAY_USE_PRIVATE_TORCH = {
     "hosts.torch": {"torch._dynamo"},
     "observe": {"torch._C"},
     "weights.int8_weight": {"torch._C", "torch.utils._pytree"},
-    "passes.factors": {"torch._inductor"},
     "passes.launch": {"torch.utils._pytree"},
-    "passes.lowered": {"torch._guards"},
+    "passes.lowered": {"torch._guards", "torch._inductor"},
     "passes.matching": {"torch._ops"},
 }
 """The private modules that a file may touch; each is named in docs/architecture.md."""

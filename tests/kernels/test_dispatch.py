@@ -60,7 +60,6 @@ def test_cuda_without_triton_multiplies_and_leaves_the_epilogue_to_inductor(arch
 
 @pytest.mark.parametrize("architecture", [80, 86, 89, 90, 100, 120])
 def test_cuda_has_kernels_of_triton_that_inductor_launches(architecture: int) -> None:
-    pytest.importorskip("triton", reason="Triton is not installed")
     with card(architecture):
         kernels = dispatch.kernels_of(torch.device("cuda", 0))
     from quaff_fx.kernels.cuda import product, rows
