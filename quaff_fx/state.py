@@ -17,12 +17,18 @@ import torch
 from torch import Tensor, nn
 
 from quaff_fx import numerics, ops
-from quaff_fx.errors import WeightError
+from quaff_fx.errors import CheckpointError, WeightError
 from quaff_fx.int8_weight import Int8Weight
 from quaff_fx.layout import as_matrix, from_matrix, swapped_shape
 
 SLOT_PREFIX = "quaff_"
 """The state of parameter `weight` is the submodule `quaff_weight`."""
+
+
+ROTATED = "contiguous"
+"""Which features `numerics.rotate` mixes; what a pickle, and the metadata of a state dict, say of `w_int8`. Without it
+they are of an earlier version, which mixed features that lie far apart: they would be rotated back to other weights.
+"""
 
 
 class _KeepsFloat32(nn.Module):
@@ -132,7 +138,7 @@ class Int8State(_KeepsFloat32):
     Attributes:
         w_int8: (N, K) int8. w_scale: (N,) float32.
         in_dim: the layout of the original parameter (`layout.py`).
-        rotation: the block B that `w_int8` is rotated with, along K (`numerics.rotate`).
+        rotation: the block B that `w_int8` is rotated with, along K (`numerics.rotate`). rotated: how, `ROTATED`.
         dtype: of the original parameter; follows `.to(dtype)`.
     """
 
@@ -144,6 +150,7 @@ class Int8State(_KeepsFloat32):
         self.w_scale = _frozen(w_scale)
         self.in_dim = in_dim
         self.rotation = rotation
+        self.rotated = ROTATED
         self.dtype = dtype
 
     @property
@@ -195,9 +202,34 @@ class Int8State(_KeepsFloat32):
         """Bytes of everything kept for this weight; state shared with other sites counts in each."""
         return sum(tensor.numel() * tensor.element_size() for tensor in (*self.parameters(), *self.buffers()))
 
+    def __setstate__(self, values: dict[str, Any]) -> None:
+        if values["rotation"] > 1 and values.get("rotated") != ROTATED:
+            raise CheckpointError(f"pickled model: {_ROTATED_FAR_APART}")
+        super().__setstate__(values)  # type: ignore[no-untyped-call]
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if hasattr(destination, "_metadata"):
+            destination._metadata[prefix[:-1]]["rotated"] = ROTATED
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *rest: Any
+    ) -> None:
+        # A dict that somebody put together has no metadata, and says nothing.
+        if self.rotation > 1 and "version" in local_metadata and local_metadata.get("rotated") != ROTATED:
+            rest[-1].append(f"{prefix}w_int8: {_ROTATED_FAR_APART}")  # `load_state_dict` raises it
+            return
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.w_int8.device)).dtype
         return super()._apply(fn, recurse)
+
+
+_ROTATED_FAR_APART = (
+    "has int8 weights of an earlier quaff_fx, which rotated features that lie far apart, expected contiguous blocks. "
+    "Load the base model and the adapter, and compile them anew."
+)
 
 
 def _frozen(tensor: Tensor) -> nn.Parameter:
@@ -387,7 +419,7 @@ class QuantizedWeight(Int8State):
         self.remember_values()
 
     def __setstate__(self, values: dict[str, Any]) -> None:
-        super().__setstate__(values)  # type: ignore[no-untyped-call]
+        super().__setstate__(values)
         self._version = -1  # a copy counts its own, from zero: an edit of before would look like none
 
     def dequantized(self) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from quaff_fx import numerics, state
-from quaff_fx.errors import QuaffError, WeightError
+from quaff_fx.errors import CheckpointError, QuaffError, WeightError
 from quaff_fx.int8_weight import Int8Weight
 from quaff_fx.state import LoadedWeight, OutlierState, QuantizedWeight
 from quaff_fx.stored_tensor import StoredTensor
@@ -964,6 +964,49 @@ def test_state_dict_round_trip_is_bit_for_bit() -> None:
 def test_a_quantized_state_dict_does_not_load_into_a_float_module_in_silence() -> None:
     with pytest.raises(RuntimeError, match=r"Missing key.*weight"):
         nn.Linear(12, 8).load_state_dict(quantized_linear().state_dict())
+
+
+def rotated_linear(rotation: int) -> nn.Linear:
+    module = nn.Linear(12, 8).requires_grad_(False)
+    state.attach(module, {"weight": QuantizedWeight(module.weight, 1, outlier_state(), 127, rotation)})
+    return module
+
+
+ROTATED_FAR_APART = "has int8 weights of an earlier quaff_fx, which rotated features that lie far apart, expected"
+
+
+@pytest.mark.parametrize("rotation", [1, 4])
+def test_a_pickle_of_features_rotated_far_apart_is_refused(rotation: int) -> None:
+    module = rotated_linear(rotation)
+    assert copy.deepcopy(module).quaff_weight.rotated == pickle.loads(pickle.dumps(module)).quaff_weight.rotated
+    del module.quaff_weight.rotated
+    pickled = pickle.dumps(module)
+    if rotation == 1:
+        assert torch.equal(pickle.loads(pickled).quaff_weight.w_int8, module.quaff_weight.w_int8)
+        return
+    with pytest.raises(CheckpointError, match=f"pickled model: {ROTATED_FAR_APART}"):
+        pickle.loads(pickled)
+
+
+def test_a_state_dict_of_features_rotated_far_apart_is_refused() -> None:
+    source, target = rotated_linear(4), rotated_linear(4)
+    before = copy.deepcopy(target.state_dict())
+    buffer = io.BytesIO()
+    torch.save(source.state_dict(), buffer)
+    buffer.seek(0)
+    saved = torch.load(buffer)
+    del saved._metadata["quaff_weight"]["rotated"]
+    with pytest.raises(RuntimeError, match=f"quaff_weight.w_int8: {ROTATED_FAR_APART}"):
+        target.load_state_dict(saved)
+    assert torch.equal(target.quaff_weight.w_int8, before["quaff_weight.w_int8"])
+    buffer.seek(0)
+    target.load_state_dict(torch.load(buffer))
+    assert torch.equal(target.quaff_weight.w_int8, source.quaff_weight.w_int8)
+    plain = rotated_linear(1)
+    saved = rotated_linear(1).state_dict()
+    del saved._metadata["quaff_weight"]["rotated"]
+    plain.load_state_dict(saved)
+    assert torch.equal(plain.quaff_weight.w_int8, saved["quaff_weight.w_int8"])
 
 
 # --- smoothing scale ---------------------------------------------------------------------------------------------
