@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from quaff_fx.errors import CheckpointError
@@ -159,12 +160,21 @@ def test_malformed_metadata(metadata: str | bytes, match: str) -> None:
     assert_refused(with_metadata(observed_state().to_tensors(), metadata), match)
 
 
-def test_the_format_of_before_has_no_checksum_and_is_refused(saved: SavedState) -> None:
+def test_the_first_format_has_no_checksum_and_is_refused(saved: SavedState) -> None:
     metadata = metadata_of(saved.to_tensors())
     del metadata["checksum"], metadata["multiply_adds"]
     metadata["format"] = 1
-    match = "state: has format 1, expected 2. Resume with the version of quaff_fx that saved it"
+    match = "state: has format 1, expected 3. Resume with the version of quaff_fx that saved it"
     assert_refused(with_metadata(saved.to_tensors(), json.dumps(metadata)), match)
+
+
+def test_the_format_with_features_rotated_far_apart_is_refused(saved: SavedState, tmp_path: Path) -> None:
+    metadata = json.dumps(metadata_of(saved.to_tensors()) | {"format": 2})
+    match = "state: has format 2, expected 3. Resume with the version of quaff_fx that saved it"
+    assert_refused(with_metadata(saved.to_tensors(), metadata), match)
+    save_file(saved.tensors, path := tmp_path / "state.safetensors", {METADATA: metadata})
+    with pytest.raises(CheckpointError, match=match):
+        SavedState.read(path)
 
 
 @pytest.mark.parametrize(

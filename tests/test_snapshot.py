@@ -462,7 +462,7 @@ class TestDamaged:
     @pytest.mark.parametrize(
         ("edit", "match"),
         [
-            (lambda m: m.update(format=1), "has format 1, expected 2"),
+            (lambda m: m.update(format=1), "has format 1, expected 3"),
             (lambda m: m.update(stage="lower"), "has stage 'lower', expected observe or quantize"),
             (lambda m: m.pop("steps"), "expected format, checksum, stage, steps, config, sites, left_alone"),
             (lambda m: m.update(steps=True), "expected format, checksum, stage, steps"),

@@ -966,6 +966,33 @@ def test_a_quantized_state_dict_does_not_load_into_a_float_module_in_silence() -
         nn.Linear(12, 8).load_state_dict(quantized_linear().state_dict())
 
 
+def rotated_linear(rotation: int) -> nn.Linear:
+    module = nn.Linear(12, 8).requires_grad_(False)
+    owners.attach(module, {"weight": QuantizedWeight(module.weight, 1, outlier_state(), 127, rotation)})
+    return module
+
+
+def test_a_state_dict_of_features_rotated_far_apart_is_refused() -> None:
+    source, target = rotated_linear(4), rotated_linear(4)
+    before = copy.deepcopy(target.state_dict())
+    buffer = io.BytesIO()
+    torch.save(source.state_dict(), buffer)
+    buffer.seek(0)
+    saved = torch.load(buffer)
+    del saved._metadata["quaff_weight"]["rotated"]
+    with pytest.raises(RuntimeError, match="quaff_weight.w_int8: is of an earlier quaff_fx, which rotated features"):
+        target.load_state_dict(saved)
+    assert torch.equal(target.quaff_weight.w_int8, before["quaff_weight.w_int8"])
+    buffer.seek(0)
+    target.load_state_dict(torch.load(buffer))
+    assert torch.equal(target.quaff_weight.w_int8, source.quaff_weight.w_int8)
+    plain = rotated_linear(1)
+    saved = rotated_linear(1).state_dict()
+    del saved._metadata["quaff_weight"]["rotated"]
+    plain.load_state_dict(saved)
+    assert torch.equal(plain.quaff_weight.w_int8, saved["quaff_weight.w_int8"])
+
+
 # --- smoothing scale ---------------------------------------------------------------------------------------------
 
 

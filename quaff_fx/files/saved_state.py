@@ -21,8 +21,10 @@ from quaff_fx.errors import CheckpointError
 from quaff_fx.files.stored_tensor import READING_ERRORS, unreadable
 from quaff_fx.ops import IN_DIM_CONFLICT, IN_DIM_UNSEEN
 
-FORMAT = 2
-"""Of what is saved; any other is refused. 1 had no checksum."""
+FORMAT = 3
+"""Of what is saved; any other is refused. 1 had no checksum. 2 had those of int8 weights whose features were mixed
+far apart: a run would go on with other integers than those it was saved with.
+"""
 
 METADATA = "metadata"
 """The entry of a state dict that says what the others are: JSON, as bytes; a file has it as text in its header."""

@@ -6,6 +6,7 @@ Reading the weight calls its `read`, which emits a marker op with all its state 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,12 @@ from quaff_fx.weights.layout import as_matrix, from_matrix, swapped_shape
 
 REPLACED = "weight was replaced while it was observed"
 """Why a weight is left alone that is no longer what was observed."""
+
+
+ROTATED = "contiguous"
+"""Which features `numerics.rotate` mixes, which the metadata of a state dict says of `w_int8`. One without it is of an
+earlier version, which mixed features that lie far apart: it would be rotated back to other weights.
+"""
 
 
 class KeepsFloat32(nn.Module):
@@ -99,6 +106,23 @@ class Int8State(KeepsFloat32):
     def weight_bytes(self) -> int:
         """Bytes of everything kept for this weight; state shared with other sites counts in each."""
         return sum(tensor.numel() * tensor.element_size() for tensor in (*self.parameters(), *self.buffers()))
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if hasattr(destination, "_metadata"):
+            destination._metadata[prefix[:-1]]["rotated"] = ROTATED
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *rest: Any
+    ) -> None:
+        # A dict that somebody put together has no metadata, and says nothing.
+        if self.rotation > 1 and "version" in local_metadata and local_metadata.get("rotated") != ROTATED:
+            rest[-1].append(  # `load_state_dict` raises it
+                f"{prefix}w_int8: is of an earlier quaff_fx, which rotated features that lie far apart, expected "
+                "contiguous blocks. Load the base model and the adapter, and compile them anew."
+            )
+            return
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.w_int8.device)).dtype

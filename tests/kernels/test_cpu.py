@@ -646,16 +646,20 @@ int main() {
         wrong += scale[i / reduction] != absmax * static_cast<float>(1.0 / limit);
         wrong += x_int8[i] != (absmax == 0 ? 0 : static_cast<int>(std::nearbyint(product)));
       }
-      std::vector<float> rotated(x.begin(), x.begin() + reduction);
-      const int block = reduction % 16 == 0 ? 16 : reduction % 2 == 0 ? 2 : 1;
-      quaff::rotate_row(rotated.data(), reduction, block);
-      for (int i = 0; i < reduction; i++) {
-        double sum = 0;
-        for (int j = i / block * block, k = 0; k < block; j++, k++) {
-          sum += (__builtin_popcount(i % block & k) % 2 ? -1.0 : 1.0) * x[j];
-        }
-        wrong += !(std::abs(rotated[i] - sum / std::sqrt(block)) < 1e-3);
+    }
+  }
+  for (int block = 1; block <= 512; block *= 2) {
+    const int width = 3 * block;
+    std::vector<float> x(width);
+    for (auto& value : x) value = next(state, 1000000) * 1e-3f;
+    std::vector<float> rotated = x;
+    quaff::rotate_row(rotated.data(), width, block);
+    for (int i = 0; i < width; i++) {
+      double sum = 0;
+      for (int j = i / block * block, k = 0; k < block; j++, k++) {
+        sum += (__builtin_popcount(i % block & k) % 2 ? -1.0 : 1.0) * x[j];
       }
+      wrong += !(std::abs(rotated[i] - sum / std::sqrt(block)) < 1e-2);
     }
   }
   std::printf("%s %d wrong\n", quaff_instruction_set(), wrong);

@@ -113,10 +113,10 @@ static void rotate_pieces(const float* row, int64_t width, float factor, void* t
 
 typedef void (*RotatePieces)(const float*, int64_t, float, void*, int);
 
-// rotate_pieces_of(block): rotate_pieces for a power of two from 2 to kPiece.
+// rotate_pieces_of(block): rotate_pieces for a power of two up to kPiece; 1 copies.
 template <int block = kPiece>
 static RotatePieces rotate_pieces_of(int wanted) {
-  if constexpr (block > 2) {
+  if constexpr (block > 1) {
     if (wanted < block) return rotate_pieces_of<block / 2>(wanted);
   }
   return rotate_pieces<block>;
