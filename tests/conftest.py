@@ -56,6 +56,13 @@ def fixed_seed():
     torch.manual_seed(0)
 
 
+@pytest.fixture
+def eager():
+    """int8 products without Inductor, in the numbers of the compiled ones: what is counted and when is the same."""
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
 @pytest.fixture(scope="session")
 def quantized_llama():
     """A tiny Llama with LoRA after two calibration and two quantized steps, with what it did on the way."""

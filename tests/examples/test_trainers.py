@@ -7,7 +7,8 @@ from types import ModuleType
 
 import pytest
 import torch
-from test_finetune import EXAMPLES, folder, tokenizer  # noqa: F401  (fixtures)
+
+from tests.examples.test_finetune import EXAMPLES, folder, tokenizer  # noqa: F401  (fixtures)
 
 import causal_lm_trainer  # isort: skip  (test_finetune makes the folder importable)
 import classification_trainer  # isort: skip
