@@ -43,7 +43,7 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.accuracy import tasks  # noqa: E402
 from benchmarks.accuracy.methods import ADAPTERS, adapted  # noqa: E402
 from benchmarks.hypothesis_recorder import RULES, Observation, Recorder  # noqa: E402
-from examples import smollm2, word_problems  # noqa: E402
+from workloads import smollm2, word_problems  # noqa: E402
 
 
 def observations_of(options: argparse.Namespace) -> list[Observation]:

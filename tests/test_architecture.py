@@ -244,6 +244,17 @@ def test_only_the_files_room_knows_the_disk() -> None:
     assert {name for name in using if name and not name.startswith("files.")} == {"trainer"}
 
 
+@pytest.mark.parametrize(("folder", "other"), [("benchmarks", "examples"), ("examples", "benchmarks")])
+def test_benchmarks_and_examples_import_nothing_of_each_other(folder: str, other: str) -> None:
+    """What both need is in workloads/."""
+    others = {other, *(path.stem for path in (ROOT / other).glob("*.py"))} - {"__init__"}
+    for path in (ROOT / folder).rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [str(node.module)] if isinstance(node, ast.ImportFrom) else []
+            assert {name.split(".")[0] for name in names} & others == set(), f"{path}:{node.lineno}"
+
+
 def test_private_modules_of_torch_are_used_only_where_it_is_allowed() -> None:
     found = {
         f"{SOURCES[name].relative_to(ROOT)}:{line} uses {module}"

@@ -56,7 +56,7 @@ from benchmarks.accuracy.results import (
     write_charts,
     write_csv,
 )
-from examples import smollm2
+from workloads import smollm2
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -153,7 +153,10 @@ def adapted_names() -> set[str]:
 
 def parse_options(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        prog="python -m benchmarks.accuracy",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     add = parser.add_argument
     add("--model", default="smollm2", help="folder or model id (default: SmolLM2-135M-Instruct, from a wheel)")

@@ -14,7 +14,7 @@ from benchmarks.accuracy import methods, tasks
 from benchmarks.accuracy.methods import ABLATIONS, ADAPTERS, METHODS, Method
 from benchmarks.accuracy.results import Cell, Store
 from benchmarks.accuracy.tasks import Material, Measures, Sizes
-from examples import smollm2
+from workloads import smollm2
 
 STAGES = ("before", "after", "injected", "adapters")
 TASKS = ("words", "shakespeare", "choices", "gradient", "answers")

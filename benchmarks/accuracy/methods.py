@@ -20,9 +20,9 @@ import quaff_fx
 from benchmarks import peers
 from benchmarks.accuracy import forms, layers
 from benchmarks.peers import PAPER, QuaffLinear, adapted_layers, with_base_layers
-from examples.word_problems import Batch
 from quaff_fx.api import stages_of
 from quaff_fx.weights.owners import RUN
+from workloads.word_problems import Batch
 
 ACTIVATION_MAX = {8: 127, 7: 63}
 

@@ -20,8 +20,8 @@ from transformers import PreTrainedTokenizerBase
 
 from benchmarks.accuracy import texts
 from benchmarks.accuracy.texts import LETTERS
-from examples import word_problems
-from examples.word_problems import IGNORED_LABEL, Batch
+from workloads import word_problems
+from workloads.word_problems import IGNORED_LABEL, Batch
 
 Measures = dict[str, list[float]]
 """Each measure's value per problem, window, question or batch."""

@@ -9,35 +9,18 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from benchmarks.accuracy import __main__ as accuracy
 from benchmarks.accuracy import bench, forms, layers, methods, results, tasks, texts
 from benchmarks.peers import QuaffLinear
-from examples import word_problems
 from tests.data import dequantized_rows, normal, planted_outliers, quaff_output, sqnr_db
-from tests.models import float_llama, tiny_llama, token_ids, trained_tokenizer
+from tests.models import float_llama, tiny_llama, token_ids
+from workloads import word_problems
 
 CHANNELS = [3, 17]
 QUESTIONS = [texts.Question("sums", f"What is {i} + 1?\nA. {i}\nB. {i + 1}\nC. 0\nD. 9", "B") for i in range(8)]
 PLAYS = ["To be, or not to be, that is the question. " * 200, "Now is the winter of our discontent. " * 200]
-
-
-@pytest.fixture(scope="session")
-def tokenizer() -> PreTrainedTokenizerBase:
-    return trained_tokenizer([problem.question for problem in word_problems.held_out_problems(200)])
-
-
-@pytest.fixture(scope="session")
-def folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerBase) -> Path:
-    """A tiny random Llama with its tokenizer, as `save_pretrained` writes them."""
-    path = tmp_path_factory.mktemp("tiny_llama")
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
-    ends = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
-    LlamaForCausalLM(LlamaConfig(vocab_size=512, num_hidden_layers=2, **sizes, **ends)).save_pretrained(path)
-    tokenizer.save_pretrained(path)
-    return path
 
 
 @pytest.fixture(autouse=True)
