@@ -10,10 +10,10 @@ import quaff_fx
 
 QUIET = {"progress": False, "calibration_steps": 2}
 
-EAGERLY = [
-    pytest.mark.usefixtures("eager"),
-    pytest.mark.filterwarnings("ignore:.* was not traced by torch.compile:quaff_fx.QuaffWarning"),
-]
+UNTRACED = pytest.mark.filterwarnings("ignore:.* was not traced by torch.compile:quaff_fx.QuaffWarning")
+"""The mark of tests that keep blocks from being traced."""
+
+EAGERLY = [pytest.mark.usefixtures("eager"), UNTRACED]
 """The marks of tests whose int8 products need no Inductor."""
 
 

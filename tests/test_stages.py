@@ -104,6 +104,7 @@ def test_nothing_is_converted_while_a_backward_is_to_come() -> None:
     assert stages.stage == "quantize"
 
 
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True:UserWarning:torch.utils.checkpoint")
 @pytest.mark.parametrize("use_reentrant", [False, True])
 @pytest.mark.parametrize("smoothing", ["split", "momentum"])
 @pytest.mark.parametrize("is_int8", [False, True], ids=["calibrating", "int8"])

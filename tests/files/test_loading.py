@@ -381,7 +381,7 @@ def test_a_weight_of_several_modules_is_loaded_once_and_is_at_every_place(tmp_pa
 
 
 def lora(model: nn.Module) -> nn.Module:
-    return with_lora(model).train()
+    return with_lora(model, fan_in_fan_out=isinstance(model, GPT2LMHeadModel)).train()
 
 
 def test_training_follows_the_ordinary_route(tmp_path):
