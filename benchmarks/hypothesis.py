@@ -40,10 +40,10 @@ from transformers.utils.logging import disable_progress_bar
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import accuracy_tasks  # noqa: E402
-from benchmarks.accuracy_methods import ADAPTERS, adapted  # noqa: E402
+from benchmarks.accuracy import tasks  # noqa: E402
+from benchmarks.accuracy.methods import ADAPTERS, adapted  # noqa: E402
 from benchmarks.hypothesis_recorder import RULES, Observation, Recorder  # noqa: E402
-from examples import smollm2, word_problems  # noqa: E402
+from workloads import smollm2, word_problems  # noqa: E402
 
 
 def observations_of(options: argparse.Namespace) -> list[Observation]:
@@ -55,7 +55,7 @@ def observations_of(options: argparse.Namespace) -> list[Observation]:
         batches = word_problems.training_batches(tokenizer, options.steps, *sizes, seed=seed)
         model = adapted(model, "LoRA", seed)
         recorder = Recorder(model, seed, options.budgets, options.calibration_steps, options.every)
-        accuracy_tasks.train(model, batches, ADAPTERS["LoRA"].learning_rate, recorder.finish_step)
+        tasks.train(model, batches, ADAPTERS["LoRA"].learning_rate, recorder.finish_step)
         found += recorder.observations
     return found
 

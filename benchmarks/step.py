@@ -32,7 +32,7 @@ from benchmarks import peers  # noqa: E402
 from benchmarks.roofline import rooflines  # noqa: E402
 from benchmarks.step_results import Record, footer, printed_table, table_rows, write_chart, write_csv  # noqa: E402
 from benchmarks.step_worker import Failed, Worker  # noqa: E402
-from examples import smollm2  # noqa: E402
+from workloads import smollm2  # noqa: E402
 
 
 def measure(options: argparse.Namespace) -> tuple[list[Record], dict[str, str], dict[str, str]]:

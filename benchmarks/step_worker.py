@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks import peers
-from examples import smollm2, word_problems
-from examples.measurements import peak_memory_mib, reset_peak_memory
+from workloads import smollm2, word_problems
+from workloads.memory import peak_memory_mib, reset_peak_memory
 
 SIZES = {
     "llama-1b": {"hidden_size": 2048, "intermediate_size": 5504, "num_attention_heads": 16, "vocab_size": 4096},

@@ -14,11 +14,14 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, get_peft_model
-from smollm2 import load_model
 from transformers import Trainer, TrainingArguments, set_seed
-from word_problems import Batch, held_out_batches, training_batches
 
 import quaff_fx
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # of the checkout, which holds workloads/
+
+from workloads.smollm2 import load_model
+from workloads.word_problems import Batch, held_out_batches, training_batches
 
 HELD_OUT_BATCHES = 8
 

@@ -14,7 +14,6 @@ from pathlib import Path
 import reasoning_gym
 import torch
 from peft import LoraConfig, get_peft_model
-from smollm2 import fetch_smollm2
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -26,6 +25,10 @@ from transformers import (
 )
 
 import quaff_fx
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # of the checkout, which holds workloads/
+
+from workloads.smollm2 import fetch_smollm2
 
 TOPICS = ("family_relationships", "gsm_symbolic", "calendar_arithmetic", "knights_knaves")
 HELD_OUT_QUESTIONS = 64

@@ -19,22 +19,26 @@ from types import FrameType
 from typing import Any
 
 import torch
-from measurements import (
-    Measurements,
-    comparison_table,
-    frozen_weight_bytes,
-    measure_each,
-    peak_memory_mib,
-    reset_peak_memory,
-)
+from measurements import Measurements, comparison_table, frozen_weight_bytes, measure_each
 from peft import LoraConfig, PeftModel, get_peft_model
-from smollm2 import DownloadError, load_model
 from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
-from word_problems import IGNORED_LABEL, Batch, held_out_batches, held_out_problems, prompt, training_batches
 
 import quaff_fx
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # of the checkout, which holds workloads/
+
+from workloads.memory import peak_memory_mib, reset_peak_memory
+from workloads.smollm2 import DownloadError, load_model
+from workloads.word_problems import (
+    IGNORED_LABEL,
+    Batch,
+    held_out_batches,
+    held_out_problems,
+    prompt,
+    training_batches,
+)
 
 LLAMA_PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 MEASURED_PROBLEMS = 32  # for the held-out loss, rounded up to whole batches

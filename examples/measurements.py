@@ -1,18 +1,14 @@
 """What a training cost and brought, and several trainings side by side."""
 
-import contextlib
 import json
-import resource
 import signal
 import subprocess
-import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
 
-import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from tabulate import tabulate
 from torch import nn
@@ -40,24 +36,6 @@ class Measurements:
     @classmethod
     def load(cls, path: Path) -> "Measurements":
         return cls(**json.loads(path.read_text()))
-
-
-def reset_peak_memory() -> None:
-    """Makes the peak start from what is held now. On a CPU only Linux can; elsewhere it is since the program began."""
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def peak_memory_mib(device: torch.device) -> float:
-    """Returns the highest memory in MiB: of tensors for a CUDA device, else all that this process has resident."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1024**2
-    with contextlib.suppress(OSError):
-        return int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]) / 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 1024**2 if sys.platform == "darwin" else peak / 1024
 
 
 def frozen_weight_bytes(model: nn.Module) -> int:

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import Tensor, nn
 
 import quaff_fx
 
 QUIET = {"progress": False, "calibration_steps": 2}
+
+UNTRACED = pytest.mark.filterwarnings("ignore:.* was not traced by torch.compile:quaff_fx.QuaffWarning")
+"""The mark of tests that keep blocks from being traced."""
+
+EAGERLY = [pytest.mark.usefixtures("eager"), UNTRACED]
+"""The marks of tests whose int8 products need no Inductor."""
 
 
 class Block(nn.Module):
@@ -61,5 +68,9 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
+def compiled(**config: object) -> Net:
+    return quaff_fx.compile(Net(), QUIET | config)
+
+
 def converted(**config: object) -> Net:
-    return quaff_fx.calibrate(quaff_fx.compile(Net(), QUIET | config), [batch(0), batch(1)])
+    return quaff_fx.calibrate(compiled(**config), [batch(0), batch(1)])

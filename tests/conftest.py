@@ -14,7 +14,7 @@ import torch
 
 import quaff_fx
 from tests import compatibility
-from tests.models import Run, tiny_llama, token_ids
+from tests.models import Run, chat_llama, tiny_llama, token_ids, trained_tokenizer
 
 
 def pytest_addoption(parser):
@@ -54,6 +54,30 @@ def pytest_runtest_protocol():
 @pytest.fixture(autouse=True)
 def fixed_seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def eager():
+    """int8 products without Inductor, in the numbers of the compiled ones: what is counted and when is the same."""
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    """A byte-level tokenizer of 512 tokens, learnt from held-out problems; it pads with its end-of-turn token."""
+    from workloads import word_problems  # some seconds, which most tests do without
+
+    return trained_tokenizer([problem.question for problem in word_problems.held_out_problems(200)])
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory, tokenizer):
+    """A tiny random Llama with its tokenizer, as `save_pretrained` writes them."""
+    path = tmp_path_factory.mktemp("tiny_llama")
+    chat_llama().save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
 
 
 @pytest.fixture(scope="session")

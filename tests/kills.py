@@ -20,7 +20,7 @@ from transformers import Trainer
 
 import quaff_fx
 from tests.documentation import code_of
-from tests.test_trainer_resume import FILE, arguments, model, rows
+from tests.test_trainer import FILE, arguments, model, rows
 
 STEPS = 12
 _SAVE_SECONDS = 0.3

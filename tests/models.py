@@ -77,6 +77,14 @@ def int8_products(graphs: tuple[str, ...]) -> list[int]:
     return [graph.count("torch.ops.quaff.int8_linear.default(") for graph in graphs]
 
 
+def chat_llama() -> LlamaForCausalLM:
+    """A tiny random Llama for the words of a `trained_tokenizer`."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
+    ends = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=512, num_hidden_layers=2, **sizes, **ends))
+
+
 def trained_tokenizer(texts: list[str]) -> PreTrainedTokenizerBase:
     """A byte-level tokenizer of 512 tokens with a chat template; it pads with its end-of-turn token."""
     bpe = Tokenizer(tokenizer_models.BPE())

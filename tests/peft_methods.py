@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import peft
+import pytest
 import torch
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.lora import config as lora_config
@@ -66,6 +67,20 @@ def llama() -> nn.Module:
 
 
 PROJECTIONS = {two_blocks: ["up", "down"], llama: ["q_proj", "down_proj"]}
+
+
+OF_PEFT = [
+    # What it says of its own methods: what they cannot merge, ignore, or do without CUDA.
+    pytest.mark.filterwarnings("ignore::UserWarning:peft"),
+    # Its prompts.
+    pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning"),
+    # Its caches of functions (SHiRA, super-tuning) and its sparse matrices (FROD, SHiRA).
+    pytest.mark.filterwarnings(
+        "ignore:Dynamo (detected a call to a `functools|does not know how to trace):UserWarning"
+    ),
+    pytest.mark.filterwarnings("ignore:Sparse invariant checks are implicitly disabled:UserWarning"),
+]
+"""The marks of tests of all methods of PEFT: the warnings of these methods."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The order of imports, and the few files that may touch torch's private modules."""
+"""The order of imports, the few files that may touch torch's private modules, and where the tests of each are."""
 
 from __future__ import annotations
 
@@ -99,6 +99,10 @@ MAY_USE_PRIVATE_TORCH = {
 """The private modules that a file may touch; each is named in docs/architecture.md."""
 
 
+TESTED_ELSEWHERE = {"kernels.cuda.product": "runs on a GPU alone; what it pads is in tests/kernels/test_reference.py"}
+"""The files that have no test file of their own, each with the reason."""
+
+
 def sources() -> dict[str, Path]:
     """Every file of the package by its module's name below the package; the package itself is the empty name."""
     found = {}
@@ -161,9 +165,46 @@ def is_module(path: str) -> bool:
     return isinstance(value, ModuleType)
 
 
+def is_all_imports(name: str) -> bool:
+    """Is a file nothing but its docstring, imports and the list of what it passes on?"""
+    return all(
+        isinstance(node, (ast.Import, ast.ImportFrom))
+        or (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant))
+        or (isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__")
+        for node in ast.parse(SOURCES[name].read_text(encoding="utf-8")).body
+    )
+
+
+def path_of_tests(name: str) -> Path:
+    """Where the tests of a file are: ``weights.layout`` in tests/weights/test_layout.py."""
+    *rooms, file = name.split(".")
+    return ROOT.joinpath("tests", *rooms, f"test_{file}.py")
+
+
 def test_every_file_has_its_place_in_the_order() -> None:
     assert sorted(set(SOURCES) - {""}) == sorted(ORDER)
     assert len(set(ORDER)) == len(ORDER)
+
+
+@pytest.mark.parametrize("name", ORDER)
+def test_every_file_has_its_tests_at_the_same_place(name: str) -> None:
+    """But for the `__init__` of a room, which may hold imports alone."""
+    if SOURCES[name].name == "__init__.py":
+        assert is_all_imports(name)
+    elif name in TESTED_ELSEWHERE:
+        assert not path_of_tests(name).exists(), "it has one: strike it from TESTED_ELSEWHERE"
+    else:
+        assert "def test_" in path_of_tests(name).read_text(encoding="utf-8")
+
+
+def test_no_file_is_tested_elsewhere_that_is_not_there() -> None:
+    assert set(TESTED_ELSEWHERE) - set(ORDER) == set()
+
+
+def test_every_folder_of_tests_is_a_package() -> None:
+    """Or two test files of one name in two rooms could not both be imported."""
+    folders = {path.parent for path in (ROOT / "tests").rglob("test_*.py")}
+    assert [folder for folder in folders if not (folder / "__init__.py").is_file()] == []
 
 
 @pytest.mark.parametrize("name", ORDER)
@@ -212,6 +253,17 @@ def test_only_the_files_room_knows_the_disk() -> None:
     assert {name for name in reading if not name.startswith("files.")} == set()
     using = {name for name in SOURCES if any(target.startswith("files.") for target, _ in imports(name))}
     assert {name for name in using if name and not name.startswith("files.")} == {"trainer"}
+
+
+@pytest.mark.parametrize(("folder", "other"), [("benchmarks", "examples"), ("examples", "benchmarks")])
+def test_benchmarks_and_examples_import_nothing_of_each_other(folder: str, other: str) -> None:
+    """What both need is in workloads/."""
+    others = {other, *(path.stem for path in (ROOT / other).glob("*.py"))} - {"__init__"}
+    for path in (ROOT / folder).rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [str(node.module)] if isinstance(node, ast.ImportFrom) else []
+            assert {name.split(".")[0] for name in names} & others == set(), f"{path}:{node.lineno}"
 
 
 def test_private_modules_of_torch_are_used_only_where_it_is_allowed() -> None:

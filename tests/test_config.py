@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from quaff_fx.config import DEFAULT_EXCLUDE, QuaffConfig, matches
-from quaff_fx.errors import ConfigError, QuaffError
+from quaff_fx.errors import ConfigError
 
 ERROR_FORM = re.compile(r"^(?P<subject>[\w\[\]'*. ]+): .+, expected .+\. [A-Z(].+\.$", re.DOTALL)
 """``<subject>: <what is>, expected <what should be>. <what to do>.``"""
@@ -49,11 +49,6 @@ def test_is_frozen_and_takes_keywords_only() -> None:
         QuaffConfig().momentum = 0.5  # type: ignore[misc]
     with pytest.raises(TypeError):
         QuaffConfig(8)  # type: ignore[call-arg]
-
-
-def test_config_error_is_both_a_quaff_error_and_a_value_error() -> None:
-    assert issubclass(ConfigError, QuaffError)
-    assert issubclass(ConfigError, ValueError)
 
 
 @pytest.mark.parametrize(

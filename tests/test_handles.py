@@ -15,14 +15,10 @@ import quaff_fx
 from quaff_fx.api import stages_of
 from quaff_fx.errors import ConfigError, WeightError
 from quaff_fx.weights import owners
-from tests.blocks import QUIET, Block, Net, batch, converted, step
+from tests.blocks import EAGERLY, QUIET, Block, Net, batch, converted, step
 from tests.models import float_llama, token_ids, with_lora
 
-
-@pytest.fixture(autouse=True)
-def eager():
-    with torch.compiler.set_stance("force_eager"):
-        yield
+pytestmark = EAGERLY
 
 
 def int8_modules(model: nn.Module) -> list[nn.Module]:

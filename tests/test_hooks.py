@@ -14,7 +14,11 @@ from quaff_fx.api import stages_of
 from tests.blocks import QUIET, Net, batch, converted, step
 from tests.models import float_llama, token_ids, with_lora
 
-pytestmark = [pytest.mark.compile, pytest.mark.slow]
+pytestmark = [
+    pytest.mark.compile,
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:.*: has a hook and lies in a block:quaff_fx.QuaffWarning"),
+]
 
 
 @pytest.fixture(scope="module")

@@ -7,8 +7,14 @@ from torch import nn
 
 import quaff_fx
 from tests import interrupts
+from tests.blocks import UNTRACED
 
-pytestmark = pytest.mark.slow
+pytestmark = [
+    pytest.mark.slow,
+    UNTRACED,
+    # By the traceback of the interrupt.
+    pytest.mark.filterwarnings("ignore:.*MiB are still referenced after conversion:quaff_fx.QuaffWarning"),
+]
 
 
 @pytest.mark.parametrize("program", interrupts.PROGRAMS, ids=lambda program: program.__name__)

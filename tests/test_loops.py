@@ -253,7 +253,8 @@ class TestEvaluation:
 
 class TestAutocast:
     @pytest.fixture(scope="class")
-    def runs(self) -> tuple[Run, Run]:
+    @classmethod
+    def runs(cls) -> tuple[Run, Run]:
         runs = Run(quaff_fx.compile(tiny_llama(), QUIET)), Run(tiny_llama())
         for run in runs:
             for _ in range(2):
@@ -386,7 +387,8 @@ class Records:
 
 class TestTrainer:
     @pytest.fixture(scope="class")
-    def records(self, tmp_path_factory) -> tuple[Records, Records]:
+    @classmethod
+    def records(cls, tmp_path_factory) -> tuple[Records, Records]:
         """The quantized run and the float run with the same seed."""
         folder = tmp_path_factory.mktemp("trainer")
         quantized = Records(quaff_fx.compile(learner(), TWO_STEPS), folder / "quantized")

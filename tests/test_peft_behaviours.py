@@ -25,11 +25,13 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import quaff_fx
+from tests.blocks import UNTRACED
 from tests.peft_methods import (
     EIGHT_BITS,
     IDS,
     LORA_KINDS,
     METHODS,
+    OF_PEFT,
     OTHER_LORA_OPTIONS,
     PEFT_METHODS,
     TRAINABLE,
@@ -44,7 +46,7 @@ from tests.peft_methods import (
     two_blocks,
 )
 
-pytestmark = [pytest.mark.compile, pytest.mark.slow]
+pytestmark = [pytest.mark.compile, pytest.mark.slow, UNTRACED, *OF_PEFT]
 
 ROUNDING = 0.02  # of the logits, as a share of their norm: what int8 rounds in these models is a tenth to a half of it
 ONE_ROUNDING = 0.002  # one activation that is rounded the other way, as a graph of another shape may: 0.003 of a logit
@@ -458,7 +460,8 @@ class TestWhileCalibrating:
     """Before the conversion all is as on the float model, to the bit."""
 
     @pytest.fixture(scope="class", params=TRAINABLE)
-    def pair(self, request, saved_adapter) -> Iterator[Pair]:
+    @classmethod
+    def pair(cls, request, saved_adapter) -> Iterator[Pair]:
         name = request.param
         model, twin = (add(METHODS[name].base(), name) for _ in range(2))
         quaff_fx.compile(model, EIGHT_BITS | {"calibration_steps": 2})

@@ -28,8 +28,9 @@ from quaff_fx import backend
 from quaff_fx.api import stages_of
 from quaff_fx.weights import owners
 from tests.models import Run, cosine, float_llama, int8_products, tiny_llama, token_ids, with_lora
+from tests.peft_methods import OF_PEFT
 
-pytestmark = [pytest.mark.compile, pytest.mark.slow]
+pytestmark = [pytest.mark.compile, pytest.mark.slow, *OF_PEFT]
 
 EIGHT_BITS = {"progress": False, "calibration_steps": 1, "activation_bits": 8}
 

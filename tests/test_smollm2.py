@@ -6,10 +6,10 @@ import pytest
 import torch
 
 import quaff_fx
-from examples import smollm2, word_problems
 from quaff_fx.api import stages_of
 from quaff_fx.weights import owners
 from tests.models import Run, cosine, int8_products, with_lora
+from workloads import smollm2, word_problems
 
 pytestmark = [pytest.mark.slow, pytest.mark.compile]
 

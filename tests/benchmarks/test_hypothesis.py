@@ -11,9 +11,9 @@ import torch
 
 from benchmarks import hypothesis
 from benchmarks.hypothesis_recorder import RULES, Batch, Input, Observation, Recorder, rounding_noise, share_in
-from examples import word_problems
 from tests.data import planted_outliers
 from tests.models import float_llama, tiny_llama, token_ids, trained_tokenizer
+from workloads import word_problems
 
 CHANNELS = [3, 17]
 BUDGET = 2 / 1024

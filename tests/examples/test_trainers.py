@@ -7,7 +7,8 @@ from types import ModuleType
 
 import pytest
 import torch
-from test_finetune import EXAMPLES, folder, tokenizer  # noqa: F401  (fixtures)
+
+from tests.examples.test_finetune import EXAMPLES
 
 import causal_lm_trainer  # isort: skip  (test_finetune makes the folder importable)
 import classification_trainer  # isort: skip
@@ -19,7 +20,7 @@ pytestmark = [pytest.mark.compile, pytest.mark.slow]
 STEPS = 14  # eight calibrate
 
 
-def losses(program: ModuleType, folder: Path, output: Path, *more: str) -> tuple[list[float], float]:  # noqa: F811
+def losses(program: ModuleType, folder: Path, output: Path, *more: str) -> tuple[list[float], float]:
     options = {"model": folder, "output": output, "steps": STEPS, "max-tokens": 160, "learning-rate": 1e-2}
     torch._dynamo.pgo.reset_code_state()
     program.main([word for name, value in options.items() for word in (f"--{name}", str(value))] + list(more))
@@ -37,7 +38,7 @@ def losses(program: ModuleType, folder: Path, output: Path, *more: str) -> tuple
         pytest.param(classification_trainer, id="examples/classification_trainer.py"),
     ],
 )
-def test_losses_follow_the_program_without_the_line(program, folder, tmp_path):  # noqa: F811
+def test_losses_follow_the_program_without_the_line(program, folder, tmp_path):
     expected, expected_evaluation = losses(program, folder, tmp_path / "float", "--no-quaff")
     got, evaluation = losses(program, folder, tmp_path / "quantized")
     assert len(expected) == STEPS

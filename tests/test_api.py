@@ -1,8 +1,6 @@
-"""What a person gets wrong, and what they are told; the model is left as it was."""
+"""What a person calls, what they get wrong, and what they are told; the model is left as it was."""
 
 from __future__ import annotations
-
-import warnings
 
 import pytest
 import torch
@@ -11,8 +9,8 @@ from torch.nn import functional
 
 import quaff_fx
 from quaff_fx import calls
-from quaff_fx.errors import CalibrationError, ConfigError, QuaffWarning
-from tests.models import Run, float_llama, tiny_llama, token_ids
+from quaff_fx.errors import CalibrationError, ConfigError
+from tests.models import float_llama, tiny_llama, token_ids
 
 QUIET = {"progress": False, "calibration_steps": 1}
 
@@ -77,24 +75,28 @@ class TestRefused:
     def test_unsupported_device(self):
         assert_refused(tiny_llama().to("meta"), r"14 × weight is on device meta")
 
-    def test_explain_of_a_plain_model(self):
-        with pytest.raises(ConfigError, match="was not compiled by quaff_fx"):
-            quaff_fx.explain(tiny_llama())
 
+class TestCalibrate:
+    @pytest.mark.parametrize(
+        "batch",
+        [{"input_ids": token_ids()}, (token_ids(),), [token_ids()], token_ids()],
+        ids=lambda b: type(b).__name__,
+    )
+    def test_batches_are_passed_as_what_they_are(self, batch):
+        model, expected = (quaff_fx.compile(tiny_llama(), QUIET) for _ in range(2))
+        assert quaff_fx.calibrate(model, [batch]) is model
+        quaff_fx.calibrate(expected, [token_ids()], forward=lambda model, ids: model(input_ids=ids, labels=ids))
+        assert quaff_fx.explain(model).rows == quaff_fx.explain(expected).rows
+        assert model.training
 
-class TestWhileCalibrating:
-    def test_nan_names_the_layer_and_converts_nothing(self):
-        model = quaff_fx.compile(tiny_llama(), QUIET)
-        layer = model.base_model.model.model.layers[1]
-        good = layer.post_attention_layernorm.weight.data.clone()
-        layer.post_attention_layernorm.weight.data[3] = torch.nan
-        with pytest.raises(CalibrationError, match=r"layers\.1\.mlp\.gate_proj\.weight: its input has NaN"):
-            Run(model).step(token_ids())
-        assert quaff_fx.explain(model).steps == 0
-        assert quaff_fx.explain(model).stage == "observe"
-        layer.post_attention_layernorm.weight.data.copy_(good)
-        Run(model).step(token_ids())
-        assert quaff_fx.explain(model).steps == 1
+    def test_an_error_in_a_batch_leaves_the_model_to_another_call(self):
+        model = quaff_fx.compile(tiny_llama(), QUIET).eval()
+        with pytest.raises(ValueError, match="input_ids"):
+            quaff_fx.calibrate(model, [token_ids(), {"input_ids": None}])
+        assert (quaff_fx.explain(model).stage, quaff_fx.explain(model).steps) == ("observe", 0)
+        assert quaff_fx.calibrate(model, [token_ids()]) is model
+        assert (quaff_fx.explain(model).stage, quaff_fx.explain(model).steps) == ("quantize", 1)
+        assert not model.training
 
     def test_forward_that_reads_no_frozen_weight(self):
         """It is no step, and as often as it is tried; the model stays compiled and can be given back."""
@@ -131,30 +133,6 @@ class TestWhileCalibrating:
         assert fingerprint(model) == before
         assert model(x).shape == (2, 4)
 
-    def test_weights_that_no_linear_reads_stay_float(self):
-        """Their values are read: that much is right, and nothing is gained. A warning says so, and who reads them."""
-
-        class Norms(nn.Module):
-            def __init__(self) -> None:
-                super().__init__()
-                self.inner = nn.Linear(4, 4).requires_grad_(False)
-                self.gain = nn.Parameter(torch.ones(4))
-
-            def forward(self, x):
-                return x * self.gain * self.inner.weight.norm(dim=1)
-
-        model, x = quaff_fx.compile(nn.ModuleList([Norms(), Norms()])[0], QUIET), torch.randn(2, 4)
-        with pytest.warns(QuaffWarning, match=r"no linear reads any of its 1 frozen weights \(but norm does\)"):
-            model(x).sum().backward()
-        weight = model.inner.weight
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", QuaffWarning)
-            model(x).sum().backward()
-            model(x).sum().backward()
-        assert model.inner.weight is weight
-        (row,) = quaff_fx.explain(model).rows
-        assert (row.stage, row.reason) == ("float", "no linear reads it")
-
     def test_no_batches(self):
         model = quaff_fx.compile(tiny_llama(), QUIET)
         with pytest.raises(CalibrationError, match="batches: are empty"):
@@ -166,22 +144,16 @@ class TestWhileCalibrating:
         with pytest.raises(CalibrationError, match="its weights are int8 already"):
             quaff_fx.calibrate(model, [token_ids()])
 
-    def test_optimizer_over_frozen_weights_is_warned_of_once(self):
-        model = tiny_llama()
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-        quaff_fx.compile(model, QUIET)
-        with pytest.warns(
-            QuaffWarning, match=r"13 more float weights.*optimizer \(.*AdamW.*\) was built over them"
-        ) as caught:
-            quaff_fx.calibrate(model, [token_ids()])
-        assert len([warning for warning in caught if warning.category is QuaffWarning]) == 1
-        del optimizer
 
-    def test_optimizer_over_trainable_weights_is_fine(self):
-        model = tiny_llama()
-        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+class TestDequantize:
+    def test_a_model_that_was_not_compiled_is_refused(self):
+        with pytest.raises(ConfigError, match="was not compiled by quaff_fx, expected a compiled one"):
+            quaff_fx.dequantize(tiny_llama())
+
+    def test_before_the_conversion_the_weights_are_the_original_ones(self):
+        model, before = tiny_llama(), tiny_llama()
+        weights = dict(model.named_parameters())
+        assert quaff_fx.dequantize(quaff_fx.compile(model, QUIET)) is model
+        assert fingerprint(model) == fingerprint(before)
+        assert all(weight is weights[name] for name, weight in model.named_parameters())
         quaff_fx.compile(model, QUIET)
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", QuaffWarning)
-            quaff_fx.calibrate(model, [token_ids()])
-        assert len(optimizer.param_groups[0]["params"]) == 28

@@ -1,4 +1,4 @@
-"""What `accuracy.py` measures on a model, problem by problem or window by window, so that methods compare in pairs.
+"""What is measured on a model, problem by problem or window by window, so that methods compare in pairs.
 
 Calibration and training read training problems only. Word problems that are held out, Shakespeare and MMLU's questions
 are read for measuring alone.
@@ -18,10 +18,10 @@ from torch.nn import functional as F  # noqa: N812
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from benchmarks import accuracy_texts
-from benchmarks.accuracy_texts import LETTERS
-from examples import word_problems
-from examples.word_problems import IGNORED_LABEL, Batch
+from benchmarks.accuracy import texts
+from benchmarks.accuracy.texts import LETTERS
+from workloads import word_problems
+from workloads.word_problems import IGNORED_LABEL, Batch
 
 Measures = dict[str, list[float]]
 """Each measure's value per problem, window, question or batch."""
@@ -86,8 +86,7 @@ class Material:
     @cached_property
     def shakespeare(self) -> list[Batch]:
         rows, tokens = self._shape()
-        texts = accuracy_texts.plays()
-        windows = text_windows(self.tokenizer, texts, math.ceil(self.sizes.windows / rows) * rows, tokens)
+        windows = text_windows(self.tokenizer, texts.plays(), math.ceil(self.sizes.windows / rows) * rows, tokens)
         mask = torch.ones(rows, tokens, dtype=torch.int64)
         return [{"input_ids": ids, "attention_mask": mask, "labels": ids} for ids in windows.split(rows)]
 
@@ -96,7 +95,7 @@ class Material:
         """Batches of questions of at most half of `max_tokens`, and the number of the right letter of each."""
         return question_batches(
             self.tokenizer,
-            accuracy_texts.questions(),
+            texts.questions(),
             math.ceil(self.sizes.choices / (2 * self.sizes.batch_size)),
             2 * self.sizes.batch_size,
             self.sizes.max_tokens // 2,
@@ -124,7 +123,7 @@ def text_windows(tokenizer: PreTrainedTokenizerBase, texts: list[str], count: in
 
 def question_batches(
     tokenizer: PreTrainedTokenizerBase,
-    questions: list[accuracy_texts.Question],
+    questions: list[texts.Question],
     count: int,
     batch_size: int,
     max_tokens: int,

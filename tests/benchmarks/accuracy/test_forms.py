@@ -11,8 +11,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
-from benchmarks import accuracy_forms as forms
-from benchmarks.accuracy_forms import DEFAULT, PAPER_FORM, Form, FormLinear
+from benchmarks.accuracy import forms
+from benchmarks.accuracy.forms import DEFAULT, PAPER_FORM, Form, FormLinear
 from quaff_fx import numerics
 from quaff_fx.ops import STATIC_MOMENTUM
 from quaff_fx.weights import OutlierState, QuantizedWeight

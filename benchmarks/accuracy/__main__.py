@@ -1,10 +1,10 @@
 """As good as full precision? Fine-tuning on frozen weights in int8 beside float32 and other ways of quantizing.
 
-    python benchmarks/accuracy.py                               # SmolLM2-135M, a few hours on two cores
-    python benchmarks/accuracy.py --seeds 0 1 2 3               # one more, beside those that are there
-    python benchmarks/accuracy.py --methods quaff_fx "plain W8A8" --stages before --eager
-    python benchmarks/accuracy.py --ablations                   # what each choice in the default is worth
-    python benchmarks/accuracy.py --model my/model --output runs/my-model
+    python -m benchmarks.accuracy                               # SmolLM2-135M, a few hours on two cores
+    python -m benchmarks.accuracy --seeds 0 1 2 3               # one more, beside those that are there
+    python -m benchmarks.accuracy --methods quaff_fx "plain W8A8" --stages before --eager
+    python -m benchmarks.accuracy --ablations                   # what each choice in the default is worth
+    python -m benchmarks.accuracy --model my/model --output runs/my-model
 
 Everything is compared with float32 in pairs: the same held-out problem, window or question, the same first values of
 the adapter, the same training problems. Nothing that is measured was trained or calibrated on.
@@ -36,10 +36,7 @@ import torch
 from tqdm import tqdm
 from transformers.utils.logging import disable_progress_bar
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from benchmarks.accuracy_bench import (  # noqa: E402
+from benchmarks.accuracy.bench import (
     INJECTED_FACTORS,
     STAGES,
     TASKS,
@@ -49,8 +46,8 @@ from benchmarks.accuracy_bench import (  # noqa: E402
     sizes,
     stored,
 )
-from benchmarks.accuracy_methods import ABLATIONS, ADAPTERS, METHODS  # noqa: E402
-from benchmarks.accuracy_results import (  # noqa: E402
+from benchmarks.accuracy.methods import ABLATIONS, ADAPTERS, METHODS
+from benchmarks.accuracy.results import (
     Results,
     SettingsError,
     Store,
@@ -59,7 +56,9 @@ from benchmarks.accuracy_results import (  # noqa: E402
     write_charts,
     write_csv,
 )
-from examples import smollm2  # noqa: E402
+from workloads import smollm2
+
+ROOT = Path(__file__).resolve().parents[2]
 
 COLUMNS: dict[str, dict[str, tuple[str, str, str]]] = {
     "Before fine-tuning": {
@@ -154,7 +153,10 @@ def adapted_names() -> set[str]:
 
 def parse_options(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        prog="python -m benchmarks.accuracy",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     add = parser.add_argument
     add("--model", default="smollm2", help="folder or model id (default: SmolLM2-135M-Instruct, from a wheel)")
@@ -209,7 +211,7 @@ def main(arguments: list[str]) -> int:
     try:
         results, reasons = measure_all(options, Store(options.output, settings))
     except (SettingsError, smollm2.DownloadError) as error:
-        print(f"accuracy.py: {error}", file=sys.stderr)
+        print(f"benchmarks.accuracy: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"\nInterrupted. {options.output} keeps what is finished; the same command goes on.", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""What `accuracy.py` measures, and the measuring: which results need which model, and each of them."""
+"""What is to be measured, and the measuring: which results need which model, and each of them."""
 
 from __future__ import annotations
 
@@ -10,12 +10,11 @@ from functools import cache
 
 from torch import Tensor, nn
 
-from benchmarks import accuracy_methods as methods
-from benchmarks import accuracy_tasks as tasks
-from benchmarks.accuracy_methods import ABLATIONS, ADAPTERS, METHODS, Method
-from benchmarks.accuracy_results import Cell, Store
-from benchmarks.accuracy_tasks import Material, Measures, Sizes
-from examples import smollm2
+from benchmarks.accuracy import methods, tasks
+from benchmarks.accuracy.methods import ABLATIONS, ADAPTERS, METHODS, Method
+from benchmarks.accuracy.results import Cell, Store
+from benchmarks.accuracy.tasks import Material, Measures, Sizes
+from workloads import smollm2
 
 STAGES = ("before", "after", "injected", "adapters")
 TASKS = ("words", "shakespeare", "choices", "gradient", "answers")

@@ -490,7 +490,8 @@ class TestBadInput:
         assert is_left_nothing_beside(output)
 
     @pytest.fixture(scope="class")
-    def model(self, source) -> nn.Module:
+    @classmethod
+    def model(cls, source) -> nn.Module:
         return quantized(adapted(source, ADAPTERS["LoRA"]()))
 
     def edited(self, source: Path, folder: Path, edit) -> Path:
@@ -598,6 +599,7 @@ class TestBadInput:
         finally:
             torch.distributed.destroy_process_group()
 
+    @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning:peft")
     def test_a_tied_weight(self, tmp_path):
         source = tmp_path / "source"
         float_llama(tie_word_embeddings=True).save_pretrained(source)

@@ -1,4 +1,4 @@
-"""What `accuracy.py` compares: ways to hold the frozen weights, ways to adapt them, and outliers to test them with.
+"""What is compared: ways to hold the frozen weights, ways to adapt them, and outliers to test them with.
 
 Each method changes only what lies under the adapters of a float32 model, or compiles it with quaff_fx, so all train the
 same parameters from the same values.
@@ -17,13 +17,12 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 import quaff_fx
-from benchmarks import accuracy_forms as forms
-from benchmarks import accuracy_layers as layers
 from benchmarks import peers
+from benchmarks.accuracy import forms, layers
 from benchmarks.peers import PAPER, QuaffLinear, adapted_layers, with_base_layers
-from examples.word_problems import Batch
 from quaff_fx.api import stages_of
 from quaff_fx.weights.owners import RUN
+from workloads.word_problems import Batch
 
 ACTIVATION_MAX = {8: 127, 7: 63}
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import json
 import os
 import pickle
 from functools import partial
@@ -68,9 +67,6 @@ def assert_same_buffers(model: nn.Module, other: nn.Module) -> None:
     actual = {name: value for name, value in model.named_buffers() if "quaff_" not in name}
     assert actual.keys() == expected.keys()
     assert all(torch.equal(actual[name], expected[name]) for name in expected)
-
-
-# --- loading -----------------------------------------------------------------------------------------------------
 
 
 def test_linears_of_the_blocks_are_int8_and_the_rest_is_what_was_saved(tmp_path):
@@ -384,11 +380,8 @@ def test_a_weight_of_several_modules_is_loaded_once_and_is_at_every_place(tmp_pa
     torch.testing.assert_close(model(x), original(x), rtol=0.05, atol=0.05)
 
 
-# --- training ----------------------------------------------------------------------------------------------------
-
-
 def lora(model: nn.Module) -> nn.Module:
-    return with_lora(model).train()
+    return with_lora(model, fan_in_fan_out=isinstance(model, GPT2LMHeadModel)).train()
 
 
 def test_training_follows_the_ordinary_route(tmp_path):
@@ -458,9 +451,6 @@ def test_the_observed_graph_keeps_no_dequantized_weight_for_backward(tmp_path):
     for graph in quaff_fx.graphs(model):
         assert graph.rewritten.count("quaff.weight_only_linear.default(") == 7
         assert "observe_int8_weight" not in graph.rewritten
-
-
-# --- life of a loaded model --------------------------------------------------------------------------------------
 
 
 def test_explain_shows_int8_weights_while_they_are_observed(tmp_path):
@@ -584,9 +574,6 @@ def test_a_forward_past_the_blocks_leaves_the_weights_int8(tmp_path):
     assert len(states(model, QuantizedWeight)) == 14
 
 
-# --- bad input ---------------------------------------------------------------------------------------------------
-
-
 def edited(folder: Path, edit) -> Path:
     """Rewrites the one file of a checkpoint after `edit` has changed its tensors."""
     file = folder / "model.safetensors"
@@ -637,39 +624,6 @@ def test_a_truncated_file_is_refused_before_anything_is_loaded(tmp_path):
     with pytest.raises(CheckpointError, match=rf"{last.name}: cannot be read as safetensors"):
         quaff_fx.load_checkpoint(model, folder, QUIET)
     assert all(parameter.is_meta for parameter in model.parameters())
-
-
-@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.gguf"])
-def test_other_formats_are_refused(tmp_path, name):
-    saved(tmp_path)
-    (tmp_path / "model.safetensors").rename(tmp_path / name)
-    with pytest.raises(CheckpointError, match=rf"has {name} but no safetensors file"):
-        loaded_llama(tmp_path)
-    with pytest.raises(CheckpointError, match="is no safetensors file"):
-        quaff_fx.load_checkpoint(meta_llama(), tmp_path / name)
-
-
-def test_missing_files_are_named(tmp_path):
-    with pytest.raises(CheckpointError, match=r"has no safetensors file, expected model\.safetensors or"):
-        quaff_fx.load_checkpoint(meta_llama(), tmp_path)
-    with pytest.raises(CheckpointError, match="nowhere: is no file"):
-        quaff_fx.load_checkpoint(meta_llama(), tmp_path / "nowhere")
-    with pytest.raises(CheckpointError, match="files: are none"):
-        quaff_fx.load_checkpoint(meta_llama(), [])
-    index = tmp_path / "model.safetensors.index.json"
-    index.write_text("[]", encoding="utf-8")
-    with pytest.raises(CheckpointError, match="expected JSON with a weight_map"):
-        quaff_fx.load_checkpoint(meta_llama(), tmp_path)
-    index.write_text(json.dumps({"weight_map": {"a": "first.safetensors"}}), encoding="utf-8")
-    with pytest.raises(CheckpointError, match=r"first\.safetensors: is missing"):
-        quaff_fx.load_checkpoint(meta_llama(), tmp_path)
-
-
-def test_a_tensor_in_two_files_is_refused(tmp_path):
-    first, second = saved(tmp_path / "a"), saved(tmp_path / "b")
-    files = [folder / "model.safetensors" for folder in (first, second)]
-    with pytest.raises(CheckpointError, match="expected in one file"):
-        quaff_fx.load_checkpoint(meta_llama(), files)
 
 
 def test_tied_weights_that_differ_are_refused(tmp_path):

@@ -9,43 +9,18 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from benchmarks import (
-    accuracy,
-    accuracy_bench,
-    accuracy_forms,
-    accuracy_layers,
-    accuracy_methods,
-    accuracy_results,
-    accuracy_tasks,
-)
-from benchmarks import accuracy_texts as texts
+from benchmarks.accuracy import __main__ as accuracy
+from benchmarks.accuracy import bench, forms, layers, methods, results, tasks, texts
 from benchmarks.peers import QuaffLinear
-from examples import word_problems
 from tests.data import dequantized_rows, normal, planted_outliers, quaff_output, sqnr_db
-from tests.models import float_llama, tiny_llama, token_ids, trained_tokenizer
+from tests.models import float_llama, tiny_llama, token_ids
+from workloads import word_problems
 
 CHANNELS = [3, 17]
 QUESTIONS = [texts.Question("sums", f"What is {i} + 1?\nA. {i}\nB. {i + 1}\nC. 0\nD. 9", "B") for i in range(8)]
 PLAYS = ["To be, or not to be, that is the question. " * 200, "Now is the winter of our discontent. " * 200]
-
-
-@pytest.fixture(scope="session")
-def tokenizer() -> PreTrainedTokenizerBase:
-    return trained_tokenizer([problem.question for problem in word_problems.held_out_problems(200)])
-
-
-@pytest.fixture(scope="session")
-def folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerBase) -> Path:
-    """A tiny random Llama with its tokenizer, as `save_pretrained` writes them."""
-    path = tmp_path_factory.mktemp("tiny_llama")
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
-    ends = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
-    LlamaForCausalLM(LlamaConfig(vocab_size=512, num_hidden_layers=2, **sizes, **ends)).save_pretrained(path)
-    tokenizer.save_pretrained(path)
-    return path
 
 
 @pytest.fixture(autouse=True)
@@ -93,13 +68,13 @@ def assert_equal_but_for_edges(y: torch.Tensor, expected: torch.Tensor, x: torch
 class TestLayers:
     def test_plain(self, limit: int) -> None:
         frozen, x = linear(), outlying()
-        y = accuracy_layers.Int8Linear(frozen, limit)(x) - frozen.bias
+        y = layers.Int8Linear(frozen, limit)(x) - frozen.bias
         assert_equal_but_for_edges(y, expected_output(x, frozen.weight, limit, []), x, frozen.weight)
 
     def test_llm_int8_multiplies_the_columns_over_six_in_float(self, limit: int) -> None:
         frozen, x = linear(), outlying()
         assert (x.abs().amax(dim=0) >= 6).nonzero().flatten().tolist() == CHANNELS
-        y = accuracy_layers.LLMInt8Linear(frozen, limit)(x) - frozen.bias
+        y = layers.LLMInt8Linear(frozen, limit)(x) - frozen.bias
         expected = expected_output(x, frozen.weight, limit, CHANNELS)
         inside = x.clone()
         inside[:, CHANNELS] = 0
@@ -109,7 +84,7 @@ class TestLayers:
     def test_smooth_quant(self, limit: int, is_static: bool) -> None:
         frozen, x = linear(), outlying()
         x_absmax = outlying(seed=7).abs().amax(dim=0)
-        layer = accuracy_layers.SmoothQuantLinear(frozen, limit, x_absmax if is_static else None)
+        layer = layers.SmoothQuantLinear(frozen, limit, x_absmax if is_static else None)
         seen = (x_absmax if is_static else x.abs().amax(dim=0)).double()
         s = (seen / frozen.weight.double().abs().amax(dim=0)).sqrt()
         smoothed, w = x.double() / s, frozen.weight.double() * s
@@ -119,10 +94,10 @@ class TestLayers:
     def test_grad_input_is_within_rounding_of_float64(self, limit: int, kind: str) -> None:
         frozen, x = linear(), outlying().requires_grad_()
         made = {
-            "plain": lambda: accuracy_layers.Int8Linear(frozen, limit),
-            "LLM.int8": lambda: accuracy_layers.LLMInt8Linear(frozen, limit),
-            "static": lambda: accuracy_layers.SmoothQuantLinear(frozen, limit, x.detach().abs().amax(dim=0)),
-            "dynamic": lambda: accuracy_layers.SmoothQuantLinear(frozen, limit, None),
+            "plain": lambda: layers.Int8Linear(frozen, limit),
+            "LLM.int8": lambda: layers.LLMInt8Linear(frozen, limit),
+            "static": lambda: layers.SmoothQuantLinear(frozen, limit, x.detach().abs().amax(dim=0)),
+            "dynamic": lambda: layers.SmoothQuantLinear(frozen, limit, None),
         }
         grad_output = normal(20, 48, seed=4)
         made[kind]()(x).backward(grad_output)
@@ -142,9 +117,9 @@ class TestLayers:
         frozen, x = linear(), outlying()
         exact = frozen(x)
         quality = {
-            "plain": sqnr_db(exact, accuracy_layers.Int8Linear(frozen, limit)(x)),
-            "LLM.int8": sqnr_db(exact, accuracy_layers.LLMInt8Linear(frozen, limit)(x)),
-            "SmoothQuant": sqnr_db(exact, accuracy_layers.SmoothQuantLinear(frozen, limit, None)(x)),
+            "plain": sqnr_db(exact, layers.Int8Linear(frozen, limit)(x)),
+            "LLM.int8": sqnr_db(exact, layers.LLMInt8Linear(frozen, limit)(x)),
+            "SmoothQuant": sqnr_db(exact, layers.SmoothQuantLinear(frozen, limit, None)(x)),
         }
         assert min(quality["LLM.int8"], quality["SmoothQuant"]) > quality["plain"] + 3, quality
 
@@ -153,9 +128,9 @@ class TestLayers:
         x[5] = 0
         frozen = linear()
         for layer in (
-            accuracy_layers.Int8Linear(frozen, limit),
-            accuracy_layers.LLMInt8Linear(frozen, limit),
-            accuracy_layers.SmoothQuantLinear(frozen, limit, None),
+            layers.Int8Linear(frozen, limit),
+            layers.LLMInt8Linear(frozen, limit),
+            layers.SmoothQuantLinear(frozen, limit, None),
         ):
             assert torch.equal(layer(x)[5], frozen.bias)
 
@@ -173,13 +148,13 @@ class TestLayers:
 
 class TestWeightValues:
     def test_int8(self) -> None:
-        changed, exact = accuracy_layers.int8_weight_values(linear()), linear()
+        changed, exact = layers.int8_weight_values(linear()), linear()
         w_int8, w_scale = int8_rows(exact.weight.double(), 127)
         torch.testing.assert_close(changed.weight.double(), dequantized_rows(w_int8, w_scale), rtol=1e-5, atol=0)
 
     def test_nf4_has_sixteen_values_a_block(self) -> None:
         pytest.importorskip("bitsandbytes")
-        changed, exact = accuracy_layers.nf4_weight_values(linear()), linear()
+        changed, exact = layers.nf4_weight_values(linear()), linear()
         for block, before in zip(changed.weight.flatten().split(64), exact.weight.flatten().split(64), strict=True):
             assert len(block.unique()) <= 16
             # The widest gap between two of its levels is 0.304 of the block's absmax; its own rounding is added.
@@ -196,19 +171,19 @@ def test_injected_outliers_change_nothing_but_their_channels() -> None:
         with torch.no_grad():
             expected = model(input_ids=ids, use_cache=False).logits
             before = model.model.layers[1].input_layernorm(torch.ones(1, 48))
-            accuracy_methods.inject_outliers(model, 100.0, seed)
+            methods.inject_outliers(model, 100.0, seed)
             after = model.model.layers[1].input_layernorm(torch.ones(1, 48))
             torch.testing.assert_close(model(input_ids=ids, use_cache=False).logits, expected, rtol=1e-4, atol=1e-5)
         found.append(set(((after / before).squeeze(0) > 50).nonzero().flatten().tolist()))
-    assert [len(channels) for channels in found] == [accuracy_methods.INJECTED_CHANNELS] * 2
+    assert [len(channels) for channels in found] == [methods.INJECTED_CHANNELS] * 2
     assert found[0].isdisjoint(found[1])
 
 
 def test_injection_needs_its_norms() -> None:
     with pytest.raises(ValueError, match="expected blocks like those of Llama"):
-        accuracy_methods.inject_outliers(nn.Sequential(nn.Linear(4, 4)), 100.0, seed=0)
+        methods.inject_outliers(nn.Sequential(nn.Linear(4, 4)), 100.0, seed=0)
     with pytest.raises(ValueError, match="seed: is 12, expected one that leaves 4 of 48"):
-        accuracy_methods.inject_outliers(float_llama(), 100.0, seed=12)
+        methods.inject_outliers(float_llama(), 100.0, seed=12)
 
 
 def test_losses_are_those_of_the_model() -> None:
@@ -216,14 +191,14 @@ def test_losses_are_those_of_the_model() -> None:
     labels = ids.clone()
     labels[:, :10] = word_problems.IGNORED_LABEL
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
-    found = accuracy_tasks.losses(model, [batch])["loss"]
+    found = tasks.losses(model, [batch])["loss"]
     each = [model(input_ids=ids[i : i + 1], labels=labels[i : i + 1]).loss.item() for i in range(2)]
     assert found == pytest.approx(each, rel=1e-5)
 
 
 def test_gradient_distance() -> None:
     a, b = torch.tensor([1.0, 0.0]), torch.tensor([1.0, 1.0])
-    measures = accuracy_tasks.gradient_distance([a, b], [b, b])
+    measures = tasks.gradient_distance([a, b], [b, b])
     assert measures["cosine"] == pytest.approx([math.sqrt(0.5), 1.0])
     assert measures["relative error"] == pytest.approx([math.sqrt(0.5), 0.0])
 
@@ -232,7 +207,7 @@ def test_gradient_distance() -> None:
     ("text", "answer"), [("a\n#### 15", "15"), ("#### 1\n#### 1,234 apples", "1234"), ("15", ""), ("####", "")]
 )
 def test_final_number(text: str, answer: str) -> None:
-    assert accuracy_tasks.final_number(text) == answer
+    assert tasks.final_number(text) == answer
 
 
 # --- texts -----------------------------------------------------------------------------------------------------------
@@ -260,21 +235,21 @@ def test_a_play_begins_with_its_first_act() -> None:
 
 
 def test_windows_are_spread_over_all_texts(tokenizer: PreTrainedTokenizerBase) -> None:
-    windows = accuracy_tasks.text_windows(tokenizer, PLAYS, 5, 32)
+    windows = tasks.text_windows(tokenizer, PLAYS, 5, 32)
     assert windows.shape == (5, 32)
     starts = [tokenizer.decode(window) in (PLAYS[0] * 2) for window in windows]
     assert starts == [True, True, True, False, False]
     with pytest.raises(ValueError, match="expected fewer"):
-        accuracy_tasks.text_windows(tokenizer, ["short"], 1, 32)
+        tasks.text_windows(tokenizer, ["short"], 1, 32)
 
 
 def test_questions_take_turns_of_subjects(tokenizer: PreTrainedTokenizerBase) -> None:
     other = texts.Question("birds", "Which?\nA. a\nB. b\nC. c\nD. d", "D")
-    ((batch, right),) = accuracy_tasks.question_batches(tokenizer, [*QUESTIONS, other], 1, 2, 160)
+    ((batch, right),) = tasks.question_batches(tokenizer, [*QUESTIONS, other], 1, 2, 160)
     assert sorted(right.tolist()) == [1, 3]
     assert (batch["input_ids"][batch["attention_mask"] == 0] == tokenizer.pad_token_id).all()
     with pytest.raises(ValueError, match="expected as many"):
-        accuracy_tasks.question_batches(tokenizer, QUESTIONS, 5, 2, 160)
+        tasks.question_batches(tokenizer, QUESTIONS, 5, 2, 160)
 
 
 # --- results ---------------------------------------------------------------------------------------------------------
@@ -283,7 +258,7 @@ def test_questions_take_turns_of_subjects(tokenizer: PreTrainedTokenizerBase) ->
 class TestEstimate:
     def test_of_one_seed_is_over_windows(self) -> None:
         values = torch.randn(200, dtype=torch.float64).tolist()
-        found = accuracy_results.estimate([values])
+        found = results.estimate([values])
         mean, error = torch.tensor(values).mean().item(), torch.tensor(values).std().item() / math.sqrt(200)
         assert (found.mean, found.error) == pytest.approx((mean, error), rel=1e-5)
         assert (found.low, found.high) == pytest.approx((mean - 1.96 * error, mean + 1.96 * error), abs=0.15 * error)
@@ -291,14 +266,14 @@ class TestEstimate:
     def test_seeds_widen_it(self) -> None:
         same = [[0.1, 0.2, 0.3, 0.2]] * 2
         apart = [[0.1, 0.2, 0.3, 0.2], [-0.3, -0.2, -0.1, -0.2]]
-        assert accuracy_results.estimate(same).is_resolved
-        found = accuracy_results.estimate(apart)
+        assert results.estimate(same).is_resolved
+        found = results.estimate(apart)
         assert not found.is_resolved
         assert found.by_seed == pytest.approx((0.2, -0.2))
 
 
-def cell(method: str, task: str, stage: str = "before", seed: int = 0) -> accuracy_results.Cell:
-    return accuracy_results.Cell(method, 32 if method == "float32" else 8, "LoRA", seed, stage, task)
+def cell(method: str, task: str, stage: str = "before", seed: int = 0) -> results.Cell:
+    return results.Cell(method, 32 if method == "float32" else 8, "LoRA", seed, stage, task)
 
 
 RESULTS = {
@@ -314,7 +289,7 @@ RESULTS = {
 
 class TestRows:
     def test_differences_are_paired(self) -> None:
-        found = {(r.method, r.stage, r.task, r.measure): r.value for r in accuracy_results.rows(RESULTS)}
+        found = {(r.method, r.stage, r.task, r.measure): r.value for r in results.rows(RESULTS)}
         assert found["other", "before", "words", "Δ loss"].mean == 0.5
         assert found["other", "before", "words", "Δ loss"].error == 0
         assert found["other", "injected 100", "words", "added loss"].mean == 0.25
@@ -325,25 +300,25 @@ class TestRows:
 
     def test_table(self) -> None:
         columns = {"Δ": ("before", "words", "Δ loss"), "same": ("before", "choices", "agreement")}
-        lines = accuracy_results.table(accuracy_results.rows(RESULTS), columns, ["LoRA"]).splitlines()
+        lines = results.table(results.rows(RESULTS), columns, ["LoRA"]).splitlines()
         assert lines[2].split() == ["float32", "32", "2.6667"]
         assert lines[3].split() == ["other", "8", "+0.5000", "±", "0.0000", "*", "0.5000"]
 
 
 class TestStore:
     def test_keeps_what_it_is_given(self, tmp_path: Path) -> None:
-        store = accuracy_results.Store(tmp_path, {"steps": 3})
+        store = results.Store(tmp_path, {"steps": 3})
         store.save(cell("a", "words"), {"exclude": ("x",)}, {"loss": [1.0]})
-        again = accuracy_results.Store(tmp_path, {"steps": 3})
+        again = results.Store(tmp_path, {"steps": 3})
         assert again.load(cell("a", "words"), {"exclude": ("x",)}) == {"loss": [1.0]}
         assert again.load(cell("a", "words"), {"exclude": ("y",)}) is None, "another config"
         assert again.load(cell("a", "words", seed=1), None) is None
         assert not list(tmp_path.rglob("*.incomplete"))
 
     def test_refuses_other_settings(self, tmp_path: Path) -> None:
-        accuracy_results.Store(tmp_path, {"steps": 3, "model": "m"})
-        with pytest.raises(accuracy_results.SettingsError, match=r"steps 3, now 4.*Name another folder"):
-            accuracy_results.Store(tmp_path, {"steps": 4, "model": "m"})
+        results.Store(tmp_path, {"steps": 3, "model": "m"})
+        with pytest.raises(results.SettingsError, match=r"steps 3, now 4.*Name another folder"):
+            results.Store(tmp_path, {"steps": 4, "model": "m"})
 
 
 # --- the command -----------------------------------------------------------------------------------------------------
@@ -374,7 +349,7 @@ def measured(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(texts, "plays", lambda: PLAYS)
         patch.setattr(texts, "questions", lambda: QUESTIONS)
-        patch.setattr(accuracy_tasks, "ANSWER_TOKENS", 4)
+        patch.setattr(tasks, "ANSWER_TOKENS", 4)
         assert accuracy.main(options(folder, output, *FLOAT_AND_BASELINES, "--answers", "2")) == 0
     return output
 
@@ -387,7 +362,7 @@ def numbers(output: Path) -> list[dict[str, str]]:
 def test_the_command_measures_everything(measured: Path) -> None:
     place = ("method", "bits", "adapter", "stage", "task", "measure")
     found = {tuple(row[name] for name in place) for row in numbers(measured)}
-    for method in accuracy_methods.METHODS:
+    for method in methods.METHODS:
         for bits in method.bits if any(word in method.name for word in FLOAT_AND_BASELINES[1:]) else ():
             row = (method.name, str(bits))
             measures = [("before", "words", "loss"), ("after", "words", "loss"), ("after", "answers", "correct")]
@@ -398,7 +373,7 @@ def test_the_command_measures_everything(measured: Path) -> None:
                 measures += [(f"injected {factor}", "words", "added loss") for factor in (100, 1000)]
             for measure in measures:
                 assert (*row[:2], "LoRA", *measure) in found
-    for adapter in accuracy_methods.ADAPTERS:
+    for adapter in methods.ADAPTERS:
         assert ("float32", "32", adapter, "after", "words", "loss") in found
     assert (measured / "accuracy.png").is_file()
     assert (measured / "training.png").is_file()
@@ -435,8 +410,8 @@ def test_only_what_is_missing_is_measured_again(folder: Path, measured: Path, mo
     before = numbers(measured)
     (lost,) = measured.glob("cells/plain-W8A8_7_LoRA_seed-0_before_shakespeare.json")
     lost.unlink()
-    monkeypatch.setattr(accuracy_tasks, "train", None)
-    monkeypatch.setattr(accuracy_tasks, "choices", None)
+    monkeypatch.setattr(tasks, "train", None)
+    monkeypatch.setattr(tasks, "choices", None)
     assert accuracy.main(options(folder, measured, *FLOAT_AND_BASELINES, "--answers", "2")) == 0
     assert numbers(measured) == before
 
@@ -466,7 +441,7 @@ def test_an_interrupted_run_keeps_its_results(
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(accuracy_tasks, "choices", interrupt)
+    monkeypatch.setattr(tasks, "choices", interrupt)
     words = options(folder, tmp_path, "--methods", "float32", "--stages", "before")
     assert accuracy.main(words) == 130
     assert "the same command goes on" in capsys.readouterr().err
@@ -479,9 +454,9 @@ def test_a_method_that_fails_does_not_stop_the_others(
     def fail(*_: object) -> None:
         raise RuntimeError("no such instruction")
 
-    broken = accuracy_methods.Method("broken", fail, bits=(8,))
-    missing = accuracy_methods.Method("missing", fail, bits=(8,), reason_missing=lambda: "not installed")
-    monkeypatch.setattr(accuracy_bench, "METHODS", (broken, missing, accuracy_methods.METHODS[0]))
+    broken = methods.Method("broken", fail, bits=(8,))
+    missing = methods.Method("missing", fail, bits=(8,), reason_missing=lambda: "not installed")
+    monkeypatch.setattr(bench, "METHODS", (broken, missing, methods.METHODS[0]))
     words = options(folder, tmp_path, "--stages", "before", "--tasks", "words")
     words.remove("--stop-at-errors")
     assert accuracy.main(words) == 1
@@ -512,12 +487,12 @@ def test_a_bad_option_is_named(words: list[str], text: str, capsys: pytest.Captu
 def test_methods_are_chosen_by_words_or_whole_names() -> None:
     def chosen(*words: str) -> list[str]:
         parsed = accuracy.parse_options(["--methods", *words] if words else [])
-        return [method.name for method in accuracy_bench.selected_methods(parsed)]
+        return [method.name for method in bench.selected_methods(parsed)]
 
     assert chosen("LLM") == ["float32", "LLM.int8"]
-    assert len(chosen("quaff_fx")) == 1 + len(accuracy_methods.CONFIGS)
-    assert set(chosen()).isdisjoint(accuracy_forms.FORMS)
-    assert chosen("exponent", "--ablations")[1:] == [name for name in accuracy_forms.FORMS if "exponent" in name]
+    assert len(chosen("quaff_fx")) == 1 + len(methods.CONFIGS)
+    assert set(chosen()).isdisjoint(forms.FORMS)
+    assert chosen("exponent", "--ablations")[1:] == [name for name in forms.FORMS if "exponent" in name]
 
 
 def test_ablations_run_on_validation_problems(
@@ -546,13 +521,13 @@ def test_ablations_run_on_validation_problems(
     assert "validation problems" in printed
     assert "accuracy.csv; accuracy.png beside it" in printed
     assert not (tmp_path / "training.png").exists()
-    sizes = accuracy_bench.sizes(accuracy.parse_options(words))
+    sizes = bench.sizes(accuracy.parse_options(words))
     held_out, validation, training = (
         {tuple(row.tolist()) for batch in batches for row in batch["input_ids"]}
         for batches in (
-            accuracy_tasks.Material(tokenizer, sizes).words,
-            accuracy_tasks.Material(tokenizer, sizes, is_validation=True).words,
-            accuracy_tasks.Material(tokenizer, sizes).training(0),
+            tasks.Material(tokenizer, sizes).words,
+            tasks.Material(tokenizer, sizes, is_validation=True).words,
+            tasks.Material(tokenizer, sizes).training(0),
         )
     )
     assert validation.isdisjoint(held_out | training)

@@ -1,4 +1,4 @@
-"""The results of `accuracy.py`: a file for each as soon as it is there, and tables, CSV and charts of all of them."""
+"""The results: a file for each as soon as it is there, and tables, CSV and charts of all of them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torch
 from tabulate import tabulate
 from torch import Tensor
 
-from benchmarks.accuracy_tasks import Measures
+from benchmarks.accuracy.tasks import Measures
 
 RESAMPLES = 4000
 

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
-import subprocess
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
 
 import pytest
 import torch
@@ -74,11 +71,6 @@ def assert_exact(variant: str, a: Tensor, w: Tensor, transpose_w: bool, activati
 
 
 # --- integers ------------------------------------------------------------------------------------------------------
-
-
-def test_native_variant_is_available_here() -> None:
-    assert cpu.reason_unavailable("native") is None
-    assert cpu.instruction_set("native") in {"avx512_vnni", "avx_vnni", "avx2", "neon_dotprod", "generic"}
 
 
 def test_forced_variant_has_its_name(variant: str) -> None:
@@ -339,15 +331,6 @@ def test_operands_that_do_not_fit_raise(changed: dict[str, object], message: str
         cpu.int8_linear(**{**arguments, "out_dtype": torch.float32, **changed})
 
 
-def test_reason_unavailable_says_what_the_compiler_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(cpu.VARIANTS, "broken", ("-DQUAFF_ISA_AVX2", "-mno-such-flag"))
-    reason = cpu.reason_unavailable("broken")
-    assert reason is not None
-    assert "cannot be compiled" in reason
-    assert "-mno-such-flag" in reason
-    assert cpu.instruction_set("broken") == "none"
-
-
 # --- quantizers ----------------------------------------------------------------------------------------------------
 
 
@@ -605,86 +588,3 @@ def test_a_rotation_that_does_not_divide_the_features_raises(rotation: int) -> N
 
 
 # --- other processors ----------------------------------------------------------------------------------------------
-
-EMULATED_CHECK = r"""
-#include <algorithm>
-#include <cmath>
-#include <cstdio>
-#include <vector>
-static int32_t next(uint32_t& state, int limit) {
-  state = state * 1664525u + 1013904223u;
-  return static_cast<int32_t>((state >> 8) % (2 * limit + 1)) - limit;
-}
-int main() {
-  uint32_t state = 1;
-  int wrong = 0;
-  for (int tokens : {1, 3, 4, 9, 22}) for (int reduction : {1, 5, 16, 67, 130}) for (int columns : {1, 15, 16, 70}) {
-    for (int transposed : {0, 1}) for (int limit : {63, 127}) {
-      std::vector<int8_t> a(tokens * reduction), w(reduction * columns);
-      for (auto& value : a) value = next(state, limit);
-      for (auto& value : w) value = next(state, 127);
-      std::vector<int32_t> out(tokens * columns);
-      if (quaff_int8_linear(a.data(), w.data(), tokens, reduction, columns, transposed, limit, nullptr, nullptr,
-                            nullptr, nullptr, 0, nullptr, out.data(), quaff::kInt32, 1, 2)) wrong++;
-      for (int t = 0; t < tokens; t++) for (int c = 0; c < columns; c++) {
-        int32_t sum = 0;
-        for (int r = 0; r < reduction; r++) {
-          sum += a[t * reduction + r] * w[transposed ? r * columns + c : c * reduction + r];
-        }
-        wrong += sum != out[t * columns + c];
-      }
-      std::vector<float> x(tokens * reduction), scale(tokens);
-      std::vector<int8_t> x_int8(tokens * reduction);
-      for (auto& value : x) value = next(state, 1000000) * 1e-3f;
-      if (quaff_quantize_rows(x.data(), quaff::kFloat32, tokens, reduction, reduction, nullptr, nullptr, 0,
-                              limit, 1, x_int8.data(), scale.data(), nullptr, 2)) wrong++;
-      for (int i = 0; i < tokens * reduction; i++) {
-        const float* const row = x.data() + i / reduction * reduction;
-        float absmax = 0;
-        for (int r = 0; r < reduction; r++) absmax = std::max(absmax, std::abs(row[r]));
-        const float product = x[i] * (1.0f / absmax * limit);
-        wrong += scale[i / reduction] != absmax * static_cast<float>(1.0 / limit);
-        wrong += x_int8[i] != (absmax == 0 ? 0 : static_cast<int>(std::nearbyint(product)));
-      }
-    }
-  }
-  for (int block = 1; block <= 512; block *= 2) {
-    const int width = 3 * block;
-    std::vector<float> x(width);
-    for (auto& value : x) value = next(state, 1000000) * 1e-3f;
-    std::vector<float> rotated = x;
-    quaff::rotate_row(rotated.data(), width, block);
-    for (int i = 0; i < width; i++) {
-      double sum = 0;
-      for (int j = i / block * block, k = 0; k < block; j++, k++) {
-        sum += (__builtin_popcount(i % block & k) % 2 ? -1.0 : 1.0) * x[j];
-      }
-      wrong += !(std::abs(rotated[i] - sum / std::sqrt(block)) < 1e-2);
-    }
-  }
-  std::printf("%s %d wrong\n", quaff_instruction_set(), wrong);
-  return wrong != 0;
-}
-"""
-
-
-@pytest.mark.parametrize(
-    ("flags", "name"),
-    [(["-march=armv8.2-a+dotprod+fp16"], "neon_dotprod"), (["-march=armv8-a"], "generic")],
-)
-def test_arm_build_is_exact(tmp_path: Path, flags: list[str], name: str) -> None:
-    compiler, emulator = shutil.which("aarch64-linux-gnu-g++"), shutil.which("qemu-aarch64")
-    if compiler is None:
-        pytest.skip("no aarch64-linux-gnu-g++ here (Debian: g++-aarch64-linux-gnu)")
-    program = f"{tmp_path}/check"
-    strict = ["-Wall", "-Wextra", "-Werror", "-Wno-maybe-uninitialized", "-Wno-uninitialized"]
-    subprocess.run(
-        [compiler, "-std=c++17", "-O2", "-fopenmp", "-static", *strict, *flags, "-x", "c++", "-", "-o", program],
-        input=cpu.build.source() + EMULATED_CHECK,
-        text=True,
-        check=True,
-    )
-    if emulator is None:
-        pytest.skip("compiled, not run: no qemu-aarch64 here (Debian: qemu-user)")
-    ran = subprocess.run([emulator, program], capture_output=True, text=True, timeout=120, check=False)
-    assert ran.stdout.strip() == f"{name} 0 wrong"
