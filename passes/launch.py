@@ -120,4 +120,4 @@ def _inline(node: Node, body: GraphModule) -> None:
             assert source is not None
             user.replace_all_uses_with(results[source[1]])
             graph.erase_node(user)
-    graph.erase_node(node)
+    lowered.erase_unused(graph, node)

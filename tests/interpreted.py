@@ -18,6 +18,7 @@ ARCHITECTURE = 90
 
 def install(monkeypatch: pytest.MonkeyPatch) -> None:
     """Makes every `@triton.jit` function interpret itself, in its tensors' bounds, until `monkeypatch` is undone."""
+    from triton.runtime import interpreter
     from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder
     from triton.runtime.jit import JITFunction
 
@@ -26,7 +27,12 @@ def install(monkeypatch: pytest.MonkeyPatch) -> None:
     spans: list[tuple[int, int]] = []
 
     def call(function: Any, *args: Any, **kwargs: Any) -> Any:
-        return InterpretedFunction(function.fn)(*args, **kwargs)
+        """As `InterpretedFunction.__call__`, which leaves the language as it has patched it: nothing would compile."""
+        scope = interpreter._patch_lang(function.fn)
+        try:
+            return InterpretedFunction(function.fn).rewrite()(*args, **kwargs)
+        finally:
+            scope.restore()
 
     def run(function: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
         tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]

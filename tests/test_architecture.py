@@ -99,10 +99,6 @@ MAY_USE_PRIVATE_TORCH = {
 """The private modules that a file may touch; each is named in docs/architecture.md."""
 
 
-TESTED_ELSEWHERE = {"kernels.cuda.product": "runs on a GPU alone; what it pads is in tests/kernels/test_reference.py"}
-"""The files that have no test file of their own, each with the reason."""
-
-
 def sources() -> dict[str, Path]:
     """Every file of the package by its module's name below the package; the package itself is the empty name."""
     found = {}
@@ -191,14 +187,8 @@ def test_every_file_has_its_tests_at_the_same_place(name: str) -> None:
     """But for the `__init__` of a room, which may hold imports alone."""
     if SOURCES[name].name == "__init__.py":
         assert is_all_imports(name)
-    elif name in TESTED_ELSEWHERE:
-        assert not path_of_tests(name).exists(), "it has one: strike it from TESTED_ELSEWHERE"
     else:
         assert "def test_" in path_of_tests(name).read_text(encoding="utf-8")
-
-
-def test_no_file_is_tested_elsewhere_that_is_not_there() -> None:
-    assert set(TESTED_ELSEWHERE) - set(ORDER) == set()
 
 
 def test_every_folder_of_tests_is_a_package() -> None:

@@ -32,8 +32,9 @@ def test_a_product_in_any_form_is_normalized_before_it_is_quantized(use: Any) ->
 def test_a_lowered_graph_is_kept_as_text_only_where_it_is_wanted() -> None:
     for is_kept in (True, False):
         result = pipeline.lower(torch.fx.symbolic_trace(lambda x: x + 1), before="forward", is_kept=is_kept)
-        assert [stage.name for stage in result.stages] == ["forward", "FoldLowRankProducts"]
-        assert [bool(stage.text) for stage in result.stages] == [is_kept, is_kept]
+        passes = ["FoldLowRankProducts", "JoinFirstFactors", "JoinTerms", "LaunchKernels"]
+        assert [stage.name for stage in result.stages] == ["forward", *passes]
+        assert [bool(stage.text) for stage in result.stages] == [is_kept] * 5
 
 
 def test_what_breaks_the_rules_is_refused_with_its_passes() -> None:

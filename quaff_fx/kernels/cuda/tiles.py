@@ -7,6 +7,7 @@ A figure is *measured* (on a card, with the card named), *compiled* (registers, 
 from __future__ import annotations
 
 import functools
+import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -58,6 +59,18 @@ def architecture(device: torch.device) -> int:
     """Returns the compute capability of a CUDA device, 90 for 9.0."""
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
+
+
+@functools.cache
+def reason_without_triton(device: torch.device) -> str:
+    """Why a CUDA device has to do with `int_mm`; empty where `rows` and `product` run."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    if not torch.cuda.is_available():
+        return "there is no CUDA device here"
+    if (found := architecture(device)) < FIRST_ARCHITECTURE:
+        return f"the device is an sm_{found}, Triton multiplies int8 from sm_{FIRST_ARCHITECTURE} on"
+    return ""
 
 
 TRANSPOSE = _tile(warps=8, SIDE=128)
