@@ -98,6 +98,7 @@ def _shared(node: Node) -> Node:
     for other in (*others, node):
         if other is not first:
             other.replace_all_uses_with(first)
+            lowered.erase_unused(source.graph, other)
     return first
 
 

@@ -123,7 +123,7 @@ def _op(
 
 def tokens_of(x: Tensor) -> Tensor:
     """Returns x (..., K) as (T, K), one row per token."""
-    return x.reshape(-1, x.shape[-1])
+    return x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
 
 
 # --- verifiers: on real and fake operands, in what does not change with the number of tokens -------------------------
