@@ -17,7 +17,7 @@ from tests.models import float_llama, token_ids, with_lora
 pytestmark = [
     pytest.mark.compile,
     pytest.mark.slow,
-    pytest.mark.filterwarnings("ignore:.*: has a hook and lies in a block:quaff_fx.QuaffWarning"),
+    pytest.mark.filterwarnings("ignore:.* has a hook and lies in a block:quaff_fx.QuaffWarning"),
 ]
 
 
