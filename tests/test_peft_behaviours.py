@@ -49,7 +49,7 @@ from tests.peft_methods import (
 pytestmark = [pytest.mark.compile, pytest.mark.slow, UNTRACED, *OF_PEFT]
 
 ROUNDING = 0.02  # of the logits, as a share of their norm: what int8 rounds in these models is a tenth to a half of it
-ONE_ROUNDING = 0.002  # one activation that is rounded the other way, as a graph of another shape may: 0.003 of a logit
+ONE_ROUNDING = 0.003  # one activation that is rounded the other way, as a graph of another shape may: 0.003 of a logit
 
 # These cannot be added to int8 weights, by PEFT's own check: add them before quaff_fx.compile.
 NEED_FLOAT_LINEARS = {"GLORA": "is not a plain torch.nn.Linear"}
@@ -150,7 +150,7 @@ def assert_gradients_follow(got: dict[str, Tensor], expected: dict[str, Tensor])
     whole = torch.cat([gradient.flatten() for gradient in expected.values()]).norm()
     for name, gradient in expected.items():
         # a share of it, or what int8 rounds in all: a router of a few numbers has next to no gradient of its own
-        assert (got[name] - gradient).norm() <= 0.15 * gradient.norm() + 2e-3 * whole, name
+        assert (got[name] - gradient).norm() <= 0.2 * gradient.norm() + 2e-3 * whole, name
         assert gradient.norm() == 0 or got[name].norm() > 0, name
 
 

@@ -66,7 +66,7 @@ class Job:
             try:
                 self.process.stdin.write("\n")
                 self.process.stdin.flush()
-            except BrokenPipeError:
+            except (BrokenPipeError, ValueError):
                 return  # it has ended, which `events` tells
             return
         with self.log.open("w") as log:
@@ -85,9 +85,13 @@ class Job:
 
     def _listen(self, events: queue.Queue[tuple[Job, Any]]) -> None:
         assert self.process is not None
+        assert self.process.stdin is not None
         assert self.process.stdout is not None
-        for line in self.process.stdout:
-            events.put((self, json.loads(line)))
+        with self.process.stdout as answers:
+            for line in answers:
+                events.put((self, json.loads(line)))
+        with contextlib.suppress(BrokenPipeError):  # it may have ended before it was told to go on
+            self.process.stdin.close()
         events.put((self, None))
 
     def end(self, reason: str) -> None:

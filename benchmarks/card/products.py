@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import quaff_fx  # noqa: F401 -- its ops
 from benchmarks.card import device as cards
 
 SIZES = (

@@ -444,16 +444,15 @@ class TestCommand:
     @pytest.mark.slow
     def test_an_interrupt_leaves_the_report_and_no_process(self, tmp_path: Path) -> None:
         words = ["--dry-run", "--parts", "products", "checks", "--checks", "kernels", "--output", str(tmp_path)]
-        process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.card", *words], cwd=ROOT, stdout=subprocess.PIPE, text=True
-        )
-        assert process.stdout is not None
-        for line in process.stdout:
-            if "forward, bfloat16" in line:
-                break
-        workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-        process.send_signal(signal.SIGTERM)
-        out, _ = process.communicate(timeout=30)
+        command = [sys.executable, "-m", "benchmarks.card", *words]
+        with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout is not None
+            for line in process.stdout:
+                if "forward, bfloat16" in line:
+                    break
+            workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+            process.send_signal(signal.SIGTERM)
+            out, _ = process.communicate(timeout=30)
         assert process.returncode == 130
         assert "it must show" in out
         assert json.loads((tmp_path / "cuda.json").read_text())["products"]

@@ -80,6 +80,7 @@ def int8_linear(
     # Names keep what the pointers point to alive.
     a_scale = None if a_scale is None else _checked("a_scale", a_scale, torch.float32, (tokens,))
     w_scale = None if w_scale is None else _checked("w_scale", w_scale, torch.float32, (columns,))
+    a_outlier = _as_float32(a_outlier)
     a_outlier = None if a_outlier is None else _checked("a_outlier", a_outlier, torch.float32, (tokens, outliers))
     w_outlier = _as_float32(w_outlier)
     w_outlier = None if w_outlier is None else _checked("w_outlier", w_outlier, torch.float32, (outliers, columns))
