@@ -50,6 +50,13 @@ def install(monkeypatch: pytest.MonkeyPatch) -> None:
 
         return checked_access
 
+    def patched(tensor: Any, scope: Any) -> None:
+        patch_tensor(tensor, scope)
+        # Triton 3.6 converts arrays of one element, which numpy 2.4 refuses.
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    patch_tensor = interpreter._patch_lang_tensor
+    monkeypatch.setattr(interpreter, "_patch_lang_tensor", patched)
     load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
     monkeypatch.setattr(InterpreterBuilder, "create_masked_load", checked(load, 0))
     monkeypatch.setattr(InterpreterBuilder, "create_masked_store", checked(store, 1))

@@ -14,7 +14,7 @@ def rotated(values, BLOCK: tl.constexpr, dtype: tl.constexpr):
     """Returns `values` (R, W) times ``I ⊗ H``, in blocks of B neighbouring columns, (R, W) float32.
 
     H is the orthogonal Sylvester-Hadamard matrix, (-1)^(ones in i & j) / sqrt(B). Its signs multiply exactly in 16
-    bits, and the root afterwards in float32; float32 values take three TF32 products, which keep 22 bits of each.
+    bits, and the root afterwards in float32. A float32 value is the sum of three bfloat16 ones, all its 24 bits.
 
     The matrix is built here, not loaded: a tensor that the launching function kept would become a constant of every
     graph that is traced through it. Tensor cores multiply at least 16 wide: smaller blocks lie on the diagonal of 16.
@@ -30,6 +30,14 @@ def rotated(values, BLOCK: tl.constexpr, dtype: tl.constexpr):
     ones ^= ones >> 2
     ones ^= ones >> 1
     signs = tl.where((row // BLOCK) == (column // BLOCK), tl.where((ones & 1) == 0, 1.0, -1.0), 0.0)
-    blocks = tl.reshape(values.to(dtype), (values.shape[0] * values.shape[1] // SIZE, SIZE))
-    product = tl.dot(blocks, signs.to(dtype), input_precision="tf32x3")
+    blocks = tl.reshape(values, (values.shape[0] * values.shape[1] // SIZE, SIZE))
+    if dtype == tl.float32:
+        matrix = signs.to(tl.bfloat16)
+        high = blocks.to(tl.bfloat16)
+        rest = blocks - high.to(tl.float32)
+        middle = rest.to(tl.bfloat16)
+        low = (rest - middle.to(tl.float32)).to(tl.bfloat16)
+        product = tl.dot(high, matrix, tl.dot(middle, matrix, tl.dot(low, matrix)))
+    else:
+        product = tl.dot(blocks.to(dtype), signs.to(dtype))
     return tl.reshape(product * (BLOCK**-0.5), (values.shape[0], values.shape[1]))
