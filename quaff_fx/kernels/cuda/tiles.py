@@ -86,8 +86,8 @@ ROWS_PER_PROGRAM = 4
 def row_tile(features: int, dtype: torch.dtype, rotation: int) -> Tile:
     """The tile of the row quantizer; a row of more features than its width is read in chunks, twice.
 
-    Measured on an H200 with a row a program: 4 warps, 1.6 TB/s at 4096 features and 1.4 TB/s at 14336. Compiled: 4 warps
-    spill at 16384, so wide rows have 8 (a guess); float32 spills there as well.
+    Measured on an H200 with a row a program: 4 warps, 1.6 TB/s at 4096 features and 1.4 TB/s at 14336. Compiled: 4
+    warps spill at 16384, so wide rows have 8 (a guess); float32 spills there as well.
     """
     narrowest = 16 * max(rotation, 16)  # tensor cores multiply at least 16 blocks
     whole = max(narrowest, 1 << max(features - 1, 0).bit_length())
