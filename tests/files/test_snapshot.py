@@ -554,6 +554,9 @@ def test_a_failed_write_leaves_the_file_of_before(
     assert (tmp_path / FILE).read_bytes() == before
 
 
+@pytest.mark.skipif(
+    torch.__version__.startswith("2.11"), reason="torch 2.11's fully_shard wants a gradient of an int8 parameter"
+)
 def test_sharded_weights_have_the_same_state(recorded: Recorded, tmp_path: Path) -> None:
     model = compiled()
     quaff_fx.load_state_dict(model, recorded.states[STEPS])
