@@ -191,8 +191,8 @@ def largest_rotated(size: Tensor, rotation: int) -> Tensor:
     if rotation == 1:
         return size
     tokens, features = size.shape
-    sums = size.view(tokens, rotation, features // rotation).sum(dim=1, keepdim=True) / math.sqrt(rotation)
-    return sums.expand(tokens, rotation, features // rotation).reshape(tokens, features)
+    sums = size.view(tokens, features // rotation, rotation).sum(dim=2, keepdim=True) / math.sqrt(rotation)
+    return sums.expand(tokens, features // rotation, rotation).reshape(tokens, features)
 
 
 def differences(got: tuple[Tensor, ...], wanted: tuple[Tensor, ...]) -> str:
