@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._guards import detect_fake_mode
-from torch._inductor.pattern_matcher import stable_topological_sort
 from torch.fx import Graph, Node, map_arg
 
 from quaff_fx import ops
+from quaff_fx.inductor import pattern_matcher
 from quaff_fx.passes import matching
 
 _CONVERT = torch.ops.prims.convert_element_type.default
@@ -68,7 +68,7 @@ def revalue_views(node: Node) -> None:
 
 def sort(graph: Graph) -> None:
     """Moves what stands before its operands behind them; all else stays where it is."""
-    stable_topological_sort(graph)
+    pattern_matcher.stable_topological_sort(graph)
 
 
 def erase_unused(graph: Graph, node: Node) -> None:

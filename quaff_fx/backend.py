@@ -5,17 +5,13 @@ Which private modules of torch it touches, and which other files do, is in docs/
 
 from __future__ import annotations
 
-import codecs
 import contextlib
 import functools
-import importlib
-import locale
 import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -28,39 +24,11 @@ from torch._inductor.decomposition import select_decomp_table
 from torch.fx import GraphModule
 
 from quaff_fx import decompositions
-from quaff_fx.errors import ConfigError, QuaffWarning
+from quaff_fx.errors import QuaffWarning
+from quaff_fx.inductor import compile_fx
 from quaff_fx.kernels import cpu, dispatch
 from quaff_fx.passes import pipeline
 from quaff_fx.passes.infrastructure import Change, RunResult, Stage
-
-
-def _import_inductor() -> ModuleType:
-    """Returns `torch._inductor.compile_fx`, imported while the encoding of files is UTF-8.
-
-    Inductor reads files of its own in the encoding of the locale. That is ASCII with ``LC_ALL=POSIX``, if Python was
-    told not to take UTF-8 then (``PYTHONUTF8=0``) or does not do so by itself. (Read in torch 2.13.)
-
-    Raises:
-        ConfigError: the encoding is another one and there is no UTF-8 locale.
-    """
-    name = "torch._inductor.compile_fx"
-    if codecs.lookup(locale.getpreferredencoding(False)).name == "utf-8":
-        return importlib.import_module(name)
-    before = locale.setlocale(locale.LC_CTYPE)
-    try:
-        with contextlib.suppress(locale.Error):
-            locale.setlocale(locale.LC_CTYPE, "C.UTF-8")
-        return importlib.import_module(name)
-    except UnicodeDecodeError as error:
-        raise ConfigError(
-            f"locale: has the encoding {error.encoding}, expected UTF-8, in which PyTorch's files are written. Set "
-            "PYTHONUTF8=1."
-        ) from error
-    finally:
-        locale.setlocale(locale.LC_CTYPE, before)
-
-
-_inductor = _import_inductor()
 
 Autocast = tuple[tuple[str, torch.dtype, bool], ...]
 """Device type, dtype and whether it is on, per kind of device."""
@@ -201,7 +169,7 @@ def _compile(graph_module: GraphModule, example_inputs: Sequence[Any]) -> Callab
         "post_grad_custom_pre_pass": _LoweringPasses(),
     }
     with _autograd_config():
-        run: Callable[..., Any] = _inductor.compile_fx(
+        run: Callable[..., Any] = compile_fx.compile_fx(  # type: ignore[assignment]
             graph_module, list(example_inputs), inner_compile=_compile_inner, config_patches=patches
         )
     return run
@@ -241,7 +209,7 @@ def _compile_inner(*args: Any, **kwargs: Any) -> Any:
     context = TracingContext.try_get()
     if context is not None and context.fw_metadata is not None:
         context.fw_metadata.bw_donated_idxs = []
-    return _inductor.compile_fx_inner(*args, **kwargs)
+    return compile_fx.compile_fx_inner(*args, **kwargs)
 
 
 def lower(graph_module: GraphModule, fake_inputs: Sequence[Any], autocast: Autocast = ()) -> list[RunResult]:

@@ -22,7 +22,7 @@ from torch.fx import GraphModule
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from torch.overrides import TorchFunctionMode
 
-from quaff_fx import backend, ops
+from quaff_fx import backend, inductor, ops
 from quaff_fx.kernels import cuda, dispatch
 from quaff_fx.passes import factors, join, launch, spec
 from quaff_fx.passes.infrastructure import RunResult
@@ -191,5 +191,5 @@ def program(graph_module: GraphModule) -> str:
         tracing(TracingContext(mode)),
         mode,
     ):
-        backend._inductor.compile_fx_inner(graph_module, inputs)
+        inductor.compile_fx.compile_fx_inner(graph_module, inputs)
     return written[0]

@@ -19,6 +19,7 @@ ORDER = (
     "errors",
     "config",
     "numerics",
+    "inductor",
     "kernels",
     "kernels.reference",
     "kernels.cpu.build",
@@ -90,10 +91,11 @@ MAY_USE_PRIVATE_TORCH = {
     "calls": {"torch._dynamo"},
     "forwards": {"torch._C"},
     "hosts.torch": {"torch._dynamo"},
+    "inductor": {"torch._inductor"},
     "observe": {"torch._C"},
     "weights.int8_weight": {"torch._C", "torch.utils._pytree"},
     "passes.launch": {"torch.utils._pytree"},
-    "passes.lowered": {"torch._guards", "torch._inductor"},
+    "passes.lowered": {"torch._guards"},
     "passes.matching": {"torch._ops"},
 }
 """The private modules that a file may touch; each is named in docs/architecture.md."""

@@ -75,7 +75,7 @@ def int8_linear(
         if a is not None and w is not None and w.shape[0]:
             kind = accumulator.device.type
             with torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext():
-                result = result + a[:, : w.shape[0]].float() @ w.float()
+                result = result + a.narrow(1, 0, w.shape[0]).float() @ w.float()
     if bias is not None:
         result = result + bias
     return result.to(out_dtype)

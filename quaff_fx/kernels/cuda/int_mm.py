@@ -21,7 +21,7 @@ def int8_matmul(a_int8: Tensor, w_int8: Tensor, transpose_w: bool) -> Tensor:
     Args:
         a_int8: (T, K), or (T, N) with `transpose_w`; int8. w_int8: (N, K) int8.
     """
-    columns_first = w_int8.t().contiguous() if transpose_w else w_int8
+    columns_first = w_int8.t().clone(memory_format=torch.contiguous_format) if transpose_w else w_int8
     columns, inner = columns_first.shape
     tokens = a_int8.shape[0]
     if tokens < MIN_TOKENS or inner % MULTIPLE:
