@@ -69,6 +69,7 @@ class QuantizeLinears:
                     bias=bias,
                     activation_max=of.activation_max,
                     rotation=of.rotation,
+                    grad_outliers=of.grad_outliers,
                 )
             linear.meta = dict(node.meta)
             matching.name_site(linear, matching.site_name(marker))

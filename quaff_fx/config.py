@@ -10,8 +10,6 @@ from typing import Any, Literal
 
 from quaff_fx.errors import ConfigError
 
-DEFAULT_EXCLUDE = ("lm_head",)
-
 
 @dataclass(frozen=True, kw_only=True)
 class QuaffConfig:
@@ -36,8 +34,10 @@ class QuaffConfig:
             none with ``"momentum"``, since the paper has none.
         share_activations: sites that read the same activation (q, k and v) share one outlier set, smoothing scale and
             quantized activation. None: where it costs no accuracy, that is with ``smoothing="split"``.
+        loss_without_logits: the cross entropy of logits that nobody reads is computed in parts of some tokens, so that
+            they never exist as a whole. What reads them gets them, as ever; False computes them always.
         include: patterns of module names whose frozen weights are quantized.
-        exclude: patterns of module names that are left alone. Weights tied to another module's are always left alone.
+        exclude: patterns of module names that are left alone: ``("lm_head",)`` keeps a head in float.
         scope: ``"blocks"`` compiles the repeated blocks (decoder layers) in place, one graph for all;
             ``"model"`` compiles the whole model. A model without repeated blocks is compiled whole.
         progress: show progress bars while calibrating and converting.
@@ -58,8 +58,9 @@ class QuaffConfig:
     activation_bits: Literal["auto", 7, 8] = "auto"
     rotation: int | None = None
     share_activations: bool | None = None
+    loss_without_logits: bool = True
     include: tuple[str, ...] = ("*",)
-    exclude: tuple[str, ...] = DEFAULT_EXCLUDE
+    exclude: tuple[str, ...] = ()
     scope: Literal["blocks", "model"] = "blocks"
     progress: bool = True
 
@@ -93,6 +94,7 @@ class QuaffConfig:
             _check_choice("rotation", self.rotation, tuple(2**power for power in range(13)))
         if self.share_activations is not None:
             _check_type("share_activations", self.share_activations, bool)
+        _check_type("loss_without_logits", self.loss_without_logits, bool)
         for name in ("include", "exclude"):
             patterns = getattr(self, name)
             if isinstance(patterns, str) or not isinstance(patterns, Iterable):
@@ -130,7 +132,7 @@ class QuaffConfig:
         budgets = self.outlier_budget if isinstance(self.outlier_budget, Mapping) else ()
         for field_name, patterns in (
             ("include", self.include),
-            ("exclude", [p for p in self.exclude if p not in DEFAULT_EXCLUDE]),
+            ("exclude", [p for p in self.exclude if p != "lm_head"]),  # which people exclude whatever the model
             ("outlier_budget", budgets),
         ):
             for pattern in patterns:

@@ -121,7 +121,9 @@ def apply(plan: Plan, *, progress: bool) -> None:
 def converted(choice: Choice, columns: Tensor | None = None) -> QuantizedWeight:
     """Returns what the weight of a site becomes; `columns` are those of one that was loaded as int8."""
     numbers = (choice.activation_max, choice.rotation)
-    return choice.site.observed.quantized(choice.in_dim, choice.outliers, *numbers, columns)
+    weight = choice.site.observed.quantized(choice.in_dim, choice.outliers, *numbers, columns)
+    weight.grad_outliers = numerics.GRAD_OUTLIERS if choice.site.is_head else 0
+    return weight
 
 
 def _reason_not_read(site: Site, seen: Statistics) -> str:
@@ -129,6 +131,8 @@ def _reason_not_read(site: Site, seen: Statistics) -> str:
         return "no linear reads it"
     if seen.in_dim not in site.observed.in_dims:
         return "not only linears over one dimension read it"
+    if site.shape[seen.in_dim] > numerics.INT32_MAX_REDUCTION:
+        return f"{site.shape[seen.in_dim]} in-features are too long for int32 sums"
     return "" if site.observed.is_finite() else "weight has non-finite values"
 
 

@@ -46,9 +46,9 @@ def quantize_weight(weight: Tensor, rotation: int = 1) -> tuple[Tensor, Tensor]:
         raise ShapeError(
             f"weight: is {weight.dtype} of shape {tuple(weight.shape)}, expected a floating matrix (N, K). Pass one."
         )
-    if max(weight.shape) > INT32_MAX_REDUCTION:
+    if weight.shape[1] > INT32_MAX_REDUCTION:
         raise ShapeError(
-            f"weight: has shape {tuple(weight.shape)}, expected at most {INT32_MAX_REDUCTION} features on a side. "
+            f"weight: has shape {tuple(weight.shape)}, expected at most {INT32_MAX_REDUCTION} in-features. "
             "An int32 accumulator could overflow; exclude the layer."
         )
     weight = rotate(weight.detach().float(), rotation)
@@ -170,7 +170,11 @@ def quantize_rows(x: Tensor, activation_max: int) -> tuple[Tensor, Tensor]:
     x = x.float()
     if x.shape[1] == 0:
         return x.to(torch.int8), x.new_zeros(x.shape[0])
-    absmax = x.abs().amax(dim=1)
+    return _quantize_rows_up_to(x, x.abs().amax(dim=1), activation_max)
+
+
+def _quantize_rows_up_to(x: Tensor, absmax: Tensor, activation_max: int) -> tuple[Tensor, Tensor]:
+    """Returns `quantize_rows` of rows whose values beyond `absmax` (T,), if there are any, become ±Q."""
     finite = absmax < torch.inf  # false for NaN as well
     scale = _normal_or_zero(absmax * (1.0 / activation_max))
     inverse = torch.where(finite & (scale > 0), absmax.reciprocal() * activation_max, 0.0)
@@ -210,6 +214,51 @@ def quantize_gradient(grad_output: Tensor, w_scale: Tensor, activation_max: int)
     Then ``dx = g_scale (g_int8 w_int8)``: for a fixed s the gradient is dy W exactly, it needs neither s nor x.
     """
     return quantize_rows(grad_output.float() * w_scale, activation_max)
+
+
+GRAD_OUTLIERS = 32
+"""How many values of each token's gradient of the logits are kept apart."""
+
+
+def quantize_gradient_of_logits(
+    grad_output: Tensor, w_scale: Tensor, activation_max: int, outliers: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Returns `quantize_gradient` with the largest values of each token apart.
+
+    Then ``dx = g_scale (g_int8 w_int8) + rest w_int8[index]``.
+    The gradient of a cross entropy is softmax minus one-hot: a few tokens of the vocabulary have almost all of it, and
+    beside them 8 bits round tens of thousands of small ones, which count together, to zero. So the scale is that of the
+    largest value but for `outliers`. These become ±Q at most, and what that leaves of them is `rest`.
+    `docs/numerics.md` has the figures.
+
+    Args:
+        grad_output: (T, N) floating point. w_scale: (N,) float32. activation_max: Q. outliers: how many, below N.
+
+    Returns:
+        g_int8 (T, N) int8 in ±Q; g_scale (T,) float32; index (T, outliers) int64 and rest (T, outliers) float32.
+    """
+    g = grad_output.float() * w_scale
+    largest, index = _largest(g.abs(), outliers + 1)
+    g_int8, g_scale = _quantize_rows_up_to(g, largest[:, -1], activation_max)
+    index = index[:, :-1]
+    rest = g.gather(1, index) - g_int8.gather(1, index) * g_scale.unsqueeze(1)
+    return g_int8, g_scale, index, rest
+
+
+_SEGMENT = 64
+
+
+def _largest(x: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Returns the `count` largest values of each row of x (T, N), descending, and where they are.
+
+    They are in the `count` segments that have the largest maxima, so one pass over x and a small sort find them.
+    """
+    if x.shape[1] <= count * _SEGMENT:
+        return x.topk(count)
+    segments = torch.nn.functional.pad(x, (0, -x.shape[1] % _SEGMENT)).reshape(x.shape[0], -1, _SEGMENT)
+    chosen = segments.amax(dim=2).topk(count).indices
+    largest, index = segments.gather(1, chosen.unsqueeze(2).expand(-1, -1, _SEGMENT)).flatten(1).topk(count)
+    return largest, chosen.gather(1, index // _SEGMENT) * _SEGMENT + index % _SEGMENT
 
 
 def outlier_hits(absmax: Tensor, count: int) -> Tensor:

@@ -207,7 +207,7 @@ class Observer(TorchFunctionMode):
         if site.reason:
             return
         seen = self.seen.setdefault(site.weight_name, Seen())
-        if name in matching.VALUE_READS and not is_edit:
+        if (name in matching.VALUE_READS or (name == "embedding" and site.table)) and not is_edit:
             seen.readers[name] = "reads its values"
         else:
             seen.readers[name] = "uses it in another way"

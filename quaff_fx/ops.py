@@ -219,6 +219,7 @@ def dequantize_weight(
     training: bool,
     dtype: torch.dtype,
     rotation: int,
+    grad_outliers: int = 0,
 ) -> Tensor:
     """The marker: the float weight (N, K), with all that a pass needs to multiply by it in int8."""
     return numerics.dequantize_weight(w_int8, w_scale, w_outlier, outlier_channels, rotation).to(dtype)
@@ -354,7 +355,7 @@ def _verify_linear(o: Operands) -> None:
 def _save_for_linear_grad(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     o = operands(linear.target, inputs)
     ctx.save_for_backward(o.w_int8, o.w_scale)
-    ctx.numbers = (o.activation_max, o.rotation)
+    ctx.numbers = (o.activation_max, o.rotation, o.grad_outliers)
 
 
 def _linear_grad(ctx, grad_output: Tensor):  # type: ignore[no-untyped-def]
@@ -385,6 +386,7 @@ def linear(
     bias: Tensor | None,
     activation_max: int,
     rotation: int,
+    grad_outliers: int = 0,
 ) -> Tensor:
     """X Wᵀ + bias from the quantized form of x; the gradient of x needs neither that form nor x."""
     y = _int8_product(
@@ -407,6 +409,8 @@ def _verify_linear_grad_input(o: Operands) -> None:
     _verify_weight(o)
     _verify_features("linear_grad_input", "grad_output", o.grad_output, o.w_int8.shape[0], "out_features")
     _verify_numbers(o, o.w_int8.shape[1])
+    is_count = 0 <= o.grad_outliers < max(1, o.w_int8.shape[0])
+    _expect(is_count, "grad_outliers", o.grad_outliers, "fewer than the out_features", "Use fewer, or 0.")
 
 
 @_op(
@@ -415,20 +419,41 @@ def _verify_linear_grad_input(o: Operands) -> None:
     lowered=_ITSELF,
 )
 def linear_grad_input(
-    grad_output: Tensor, w_int8: Tensor, w_scale: Tensor, activation_max: int, rotation: int
+    grad_output: Tensor, w_int8: Tensor, w_scale: Tensor, activation_max: int, rotation: int, grad_outliers: int = 0
 ) -> Tensor:
-    """The gradient of x from that of x Wᵀ."""
-    g_int8, g_scale = numerics.quantize_gradient(tokens_of(grad_output), w_scale, activation_max)
-    grad_input = _int8_product(
-        a_int8=g_int8,
-        w_int8=w_int8,
-        transpose_w=True,
-        a_scale=g_scale,
-        out_dtype=grad_output.dtype,
-        activation_max=activation_max,
-        rotation=rotation,
-    )
+    """The gradient of x from that of x Wᵀ, whose largest values are kept apart if it is that of logits."""
+    dtype = grad_output.dtype
+    if grad_outliers == 0:
+        g_int8, g_scale = numerics.quantize_gradient(tokens_of(grad_output), w_scale, activation_max)
+        grad_input = _grad_product(g_int8, g_scale, w_int8, activation_max, rotation, dtype)
+    else:
+        g_int8, g_scale, index, rest = numerics.quantize_gradient_of_logits(
+            tokens_of(grad_output), w_scale, activation_max, grad_outliers
+        )
+        apart = (rest.unsqueeze(2) * w_int8[index]).sum(dim=1)
+        product = _grad_product(g_int8, g_scale, w_int8, activation_max, rotation, torch.float32)
+        grad_input = (product + numerics.rotate(apart, rotation)).to(dtype)
     return grad_input.reshape(*grad_output.shape[:-1], w_int8.shape[1])
+
+
+def _grad_product(
+    g_int8: Tensor, g_scale: Tensor, w_int8: Tensor, activation_max: int, rotation: int, dtype: torch.dtype
+) -> Tensor:
+    """Returns ``g_scale (g_int8 w_int8)`` rotated back, in parts that int32 sums can hold if N is too long for one."""
+    parts = range(0, max(1, w_int8.shape[0]), numerics.INT32_MAX_REDUCTION)
+    products = [
+        _int8_product(
+            a_int8=g_int8 if len(parts) == 1 else g_int8[:, rows].contiguous(),
+            w_int8=w_int8 if len(parts) == 1 else w_int8[rows],
+            transpose_w=True,
+            a_scale=g_scale,
+            out_dtype=dtype if len(parts) == 1 else torch.float32,
+            activation_max=activation_max,
+            rotation=rotation,
+        )
+        for rows in (slice(start, start + numerics.INT32_MAX_REDUCTION) for start in parts)
+    ]
+    return products[0] if len(parts) == 1 else sum(products[1:], products[0]).to(dtype)
 
 
 # --- lower -------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from dataclasses import dataclass, field
 
@@ -10,7 +11,7 @@ from torch import nn
 
 from quaff_fx.config import QuaffConfig, matches
 from quaff_fx.errors import ConfigError
-from quaff_fx.hosts import adapters_own_parameters, model_name
+from quaff_fx.hosts import adapters_own_parameters, is_conv1d, model_name
 from quaff_fx.kernels.dispatch import reason_unsupported
 from quaff_fx.numerics import INT32_MAX_REDUCTION
 from quaff_fx.weights import FloatWeight, LoadedWeight, QuantizedWeight, Weight
@@ -28,6 +29,8 @@ class Site:
         parameter: the weight's name in the module.
         module: its owner. shape: of the parameter as the model has it. dtype: of the parameter.
         reason: why it is left alone; empty while it is observed or quantized.
+        table: the parameter of an embedding that is the same one, by its dotted name; empty if there is none.
+        is_head: whether its products are logits, of a large vocabulary, and outside the repeated blocks.
         places: every module that owns the weight, with its name there; the first is `module` with `parameter`.
     """
 
@@ -37,6 +40,8 @@ class Site:
     shape: tuple[int, ...]
     dtype: torch.dtype
     reason: str = ""
+    table: str = ""
+    is_head: bool = False
     places: list[tuple[nn.Module, str]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -94,7 +99,9 @@ def find_sites(model: nn.Module, config: QuaffConfig, *, is_loading: bool = Fals
         found = weight_of(module, parameter)
         if len(found.shape) < 2:
             continue
-        site = Site(names[key][first], parameter, module, found.shape, found.dtype, places=owners)
+        tables = [f"{n}.{p}" for n, (owner, p) in zip(names[key], owners, strict=True) if isinstance(owner, _TABLES)]
+        table = next(iter(tables), "")
+        site = Site(names[key][first], parameter, module, found.shape, found.dtype, table=table, places=owners)
         site.reason = _reason_left_alone(site, names[key], config, key in of_adapters, is_loading)
         sites.append(site)
         site_names += names[key]
@@ -149,16 +156,25 @@ def _reason_left_alone(site: Site, names: list[str], config: QuaffConfig, is_own
     owners = [module for module, _ in site.places]
     if any(isinstance(m, (nn.MultiheadAttention, nn.modules.linear.NonDynamicallyQuantizableLinear)) for m in owners):
         return "inside nn.MultiheadAttention, which is traced as one operation"
-    for (owner, parameter), name in zip(site.places, names, strict=True):
-        if isinstance(owner, _TABLES):
-            return f"tied to {name}.{parameter}"
+    if not all(_is_plain_lookup(owner) for owner in owners if isinstance(owner, _TABLES)):
+        return f"tied to {site.table}"
     if weight.dtype not in DTYPES:
         return f"weight is {weight.dtype}, quantized are float32, bfloat16 and float16"
     if not is_loading and (reason := reason_unsupported(weight.device)):
         return f"weight is on {reason}"
-    if 0 in weight.shape or max(weight.shape) > INT32_MAX_REDUCTION:
+    if 0 in weight.shape or _in_features(site) > INT32_MAX_REDUCTION:
         return f"weight has shape {site.shape}, a side is empty or too long for int32 sums"
     return ""
+
+
+def _is_plain_lookup(table: nn.Module) -> bool:
+    """Whether all that a module does with its table is to take rows of it."""
+    return isinstance(table, nn.Embedding) and table.max_norm is None
+
+
+def _in_features(site: Site) -> int:
+    """K, as the class of the module says."""
+    return site.shape[0 if is_conv1d(site.module) else 1]
 
 
 def _check_something_is_left(sites: list[Site]) -> None:
@@ -181,11 +197,28 @@ def _check_something_is_left(sites: list[Site]) -> None:
     )
 
 
+HEAD_FEATURES = 8192
+"""A matrix outside the repeated blocks with so many out-features gives logits. Smaller ones are not worth a graph."""
+
+
 def choose_blocks(model: nn.Module, sites: list[Site], config: QuaffConfig) -> list[nn.Module]:
-    """Returns the blocks to compile in place, none with ``scope="model"``; gives sites outside them their reason."""
-    blocks = find_blocks(model, sites) if config.scope == "blocks" else []
-    if blocks:
-        mark_outside(sites, blocks)
+    """Returns the blocks to compile in place, none with ``scope="model"``; tells which sites outside them are heads.
+
+    A head is a site like those in blocks, and may be tied to an embedding. Other sites outside get their reason.
+    """
+    repeated = find_blocks(model, sites)
+    inside = {id(module) for block in repeated for module in block.modules()}
+    blocks = repeated if config.scope == "blocks" else []
+    for site in sites:
+        if site.reason:
+            continue
+        is_outside = not any(id(module) in inside for module, _ in site.places)
+        site.is_head = is_outside and math.prod(site.shape) // _in_features(site) >= HEAD_FEATURES
+        if site.table and not (blocks and site.is_head):  # compiled code would dequantize all of it for a few rows
+            site.reason = f"tied to {site.table}"
+        elif blocks and not site.is_head and not all(id(module) in inside for module, _ in site.places):
+            site.reason = "outside the repeated blocks (scope='blocks')"
+    _check_something_is_left(sites)
     return blocks
 
 
@@ -221,14 +254,6 @@ def find_blocks(model: nn.Module, sites: list[Site]) -> list[nn.Module]:
 
     visit(model)
     return blocks
-
-
-def mark_outside(sites: list[Site], blocks: list[nn.Module]) -> None:
-    """Gives every site outside `blocks`, or shared with something outside, its reason."""
-    inside = {id(module) for block in blocks for module in block.modules()}
-    for site in sites:
-        if not site.reason and not all(id(module) in inside for module, _ in site.places):
-            site.reason = "outside the repeated blocks (scope='blocks')"
 
 
 def callers_of(model: nn.Module, blocks: list[nn.Module]) -> list[nn.Module]:

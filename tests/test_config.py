@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from quaff_fx.config import DEFAULT_EXCLUDE, QuaffConfig, matches
+from quaff_fx.config import QuaffConfig, matches
 from quaff_fx.errors import ConfigError
 
 ERROR_FORM = re.compile(r"^(?P<subject>[\w\[\]'*. ]+): .+, expected .+\. [A-Z(].+\.$", re.DOTALL)
@@ -36,7 +36,7 @@ def test_defaults_are_valid_and_documented() -> None:
     assert config.momentum == 0.1
     assert config.activation_bits == "auto"
     assert config.include == ("*",)
-    assert config.exclude == DEFAULT_EXCLUDE == ("lm_head",)
+    assert config.exclude == ()
     assert config.scope == "blocks"
 
 
@@ -185,6 +185,7 @@ def test_a_pattern_that_matches_nothing_is_refused_with_near_names(values: dict[
     assert "down_proj" in text
 
 
-def test_the_default_exclusion_beside_a_wrong_one_does_not_hide_it() -> None:
+def test_a_head_may_be_excluded_where_there_is_none_and_hides_no_wrong_pattern() -> None:
+    QuaffConfig(exclude=("lm_head",)).check_patterns(["layers.0.up"])
     with pytest.raises(ConfigError, match="exclude: pattern 'nothing' matches no layer"):
-        QuaffConfig(exclude=(*DEFAULT_EXCLUDE, "nothing")).check_patterns(NAMES)
+        QuaffConfig(exclude=("lm_head", "nothing")).check_patterns(NAMES)

@@ -80,9 +80,10 @@ def test_weight_too_long_for_int32_sums_is_refused_at_the_exact_limit() -> None:
     limit = numerics.INT32_MAX_REDUCTION
     assert limit * 127 * 127 <= 2**31 - 1 < (limit + 1) * 127 * 127
     numerics.quantize_weight(torch.ones(1, limit))
-    for shape in ((1, limit + 1), (limit + 1, 1)):
-        with pytest.raises(ShapeError, match=f"expected at most {limit} features on a side"):
-            numerics.quantize_weight(torch.ones(1, 1).expand(shape))
+    with pytest.raises(ShapeError, match=f"expected at most {limit} in-features"):
+        numerics.quantize_weight(torch.ones(1, 1).expand(1, limit + 1))
+    w_int8, _ = numerics.quantize_weight(torch.ones(1, 1).expand(limit + 1, 1))  # backward multiplies in parts
+    assert w_int8.shape == (limit + 1, 1)
 
 
 @pytest.mark.parametrize(
@@ -499,3 +500,38 @@ class TestRotation:
             return sqnr_db(x, numerics.dequantize_rows(x_int8, x_scale, rotation))
 
         assert error(64) > error(1) + 10
+
+
+# --- the gradient of logits --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("classes", [40, 64, 1000, 33 * 64, 5001])
+@pytest.mark.parametrize("count", [1, 8, 32])
+def test_what_is_kept_apart_of_a_gradient_are_its_largest_values(classes: int, count: int) -> None:
+    torch.manual_seed(0)
+    grad, w_scale = torch.randn(7, classes).pow(5), torch.rand(classes) + 0.5
+    g_int8, g_scale, index, rest = numerics.quantize_gradient_of_logits(grad, w_scale, 127, count)
+    g = grad * w_scale
+    assert torch.equal(index.sort().values, g.abs().topk(count).indices.sort().values)
+    rebuilt = (g_int8 * g_scale.unsqueeze(1)).scatter_add(1, index, rest)
+    torch.testing.assert_close(rebuilt.gather(1, index), g.gather(1, index))  # exact
+    assert ((rebuilt - g).abs() <= 0.501 * g_scale.unsqueeze(1)).all()
+    largest_of_the_rest = g.abs().scatter(1, index, 0.0).amax(dim=1)
+    torch.testing.assert_close(g_scale, largest_of_the_rest / 127)
+
+
+def test_rows_of_a_gradient_that_are_zero_or_not_finite_touch_no_other() -> None:
+    grad = torch.randn(4, 5000)
+    grad[1], grad[2, 7] = 0.0, torch.inf
+    grad[3] = 0.0
+    grad[3, 11] = -1.0
+    g_int8, g_scale, index, rest = numerics.quantize_gradient_of_logits(grad, torch.ones(5000), 127, 8)
+    alone = numerics.quantize_gradient_of_logits(grad[:1], torch.ones(5000), 127, 8)
+    for part, expected in zip((g_int8, g_scale, index, rest), alone, strict=True):
+        assert torch.equal(part[:1], expected)
+    assert not g_int8[1].any()
+    assert not rest[1].any()
+    assert not torch.isfinite(rest[2]).all()
+    assert not g_int8[3].any()
+    assert rest[3].sum() == -1.0
+    assert index[3][rest[3] != 0].tolist() == [11]

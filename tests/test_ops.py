@@ -437,3 +437,37 @@ def test_a_rotated_linear_and_its_gradient_are_the_linear_of_the_dequantized_wei
     # 8 bits over a row of 96 normal values: about 45 dB; bfloat16 results: 2^-9 of a value, 53 dB.
     assert sqnr_db(x.detach().double() @ weight.t(), y) > 40
     assert sqnr_db(dy.double() @ weight, grad_input) > 40
+
+
+@pytest.mark.parametrize("activation_max", [127, 63])
+def test_the_gradient_of_logits_is_near_that_in_float(activation_max: int) -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(2500, 64) + 1  # small values of the gradient count together
+    grad = (2 * torch.randn(2, 5, 2500)).softmax(-1) - torch.nn.functional.one_hot(torch.randint(2500, (2, 5)), 2500)
+    w_int8, w_scale = numerics.quantize_weight(weight, 64)
+    found = Q.linear_grad_input.default(grad, w_int8, w_scale, activation_max, 64, 32)
+    plain = Q.linear_grad_input.default(grad, w_int8, w_scale, activation_max, 64)
+    expected = grad @ weight
+    assert found.shape == (2, 5, 64)
+    assert (found - expected).norm() < 0.2 * (plain - expected).norm()
+    torch.library.opcheck(Q.linear_grad_input.default, (grad, w_int8, w_scale, activation_max, 64, 32))
+
+
+@pytest.mark.parametrize("outliers", [0, 4])
+def test_more_out_features_than_int32_sums_hold_are_multiplied_in_parts(
+    monkeypatch: pytest.MonkeyPatch, outliers: int
+) -> None:
+    torch.manual_seed(0)
+    w_int8, w_scale = numerics.quantize_weight(torch.randn(1000, 32), 32)
+    grad = torch.randn(3, 1000)
+    whole = Q.linear_grad_input.default(grad, w_int8, w_scale, 127, 32, outliers)
+    monkeypatch.setattr(numerics, "INT32_MAX_REDUCTION", 300)
+    torch.testing.assert_close(Q.linear_grad_input.default(grad, w_int8, w_scale, 127, 32, outliers), whole)
+
+
+def test_as_many_kept_apart_as_there_are_out_features_are_refused() -> None:
+    w_int8, w_scale = numerics.quantize_weight(torch.randn(8, 4))
+    with pytest.raises(ShapeError, match="grad_outliers: is 8, expected fewer"):
+        torch.ops.quaff.linear_grad_input(
+            torch.randn(2, 8, device="meta"), w_int8.to("meta"), w_scale.to("meta"), 127, 1, 8
+        )

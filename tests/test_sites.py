@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from quaff_fx.config import QuaffConfig
 from quaff_fx.errors import ConfigError
 from quaff_fx.numerics import INT32_MAX_REDUCTION
-from quaff_fx.sites import find_blocks, find_sites, mark_outside
+from quaff_fx.sites import HEAD_FEATURES, Site, choose_blocks, find_blocks, find_sites
 
 
 class Block(nn.Module):
@@ -46,8 +46,16 @@ def frozen_decoder(blocks: int = 3) -> Decoder:
     return Decoder(blocks).requires_grad_(False)
 
 
+def chosen(model: nn.Module, **config: object) -> dict[str, Site]:
+    """The sites by the name of their weight, once the blocks are chosen."""
+    given = QuaffConfig(**config)  # type: ignore[arg-type]
+    sites = find_sites(model, given)
+    choose_blocks(model, sites, given)
+    return {site.weight_name: site for site in sites}
+
+
 def reasons(model: nn.Module, **config: object) -> dict[str, str]:
-    return {site.name: site.reason for site in find_sites(model, QuaffConfig(**config))}  # type: ignore[arg-type]
+    return {site.name: site.reason for site in chosen(model, **config).values()}
 
 
 # --- sites -------------------------------------------------------------------------------------------------------
@@ -58,7 +66,7 @@ def test_every_frozen_matrix_is_a_site_but_embeddings_and_vectors_are_none() -> 
     assert [(site.weight_name, site.shape, site.dtype, site.reason) for site in sites] == [
         ("layers.0.up.weight", (16, 8), torch.float32, ""),
         ("layers.0.down.weight", (8, 16), torch.float32, ""),
-        ("lm_head.weight", (10, 8), torch.float32, "excluded by the config"),
+        ("lm_head.weight", (10, 8), torch.float32, ""),
     ]
 
 
@@ -181,8 +189,8 @@ def test_what_shares_the_weight_of_a_table_is_tied_to_it(is_first: bool) -> None
     tree = nn.ModuleDict({"first": first, "second": second, "rest": model})
     second.weight = first.weight
     table = "first" if is_first else "second"
-    found = {site.weight_name: site.reason for site in find_sites(tree, QuaffConfig(exclude=()))}
-    assert found["second.weight" if is_first else "first.weight"] == f"tied to {table}.weight"
+    found = chosen(tree)["second.weight" if is_first else "first.weight"]
+    assert found.reason == f"tied to {table}.weight"
 
 
 def test_a_module_used_under_two_names_is_one_site_and_listed_once() -> None:
@@ -197,18 +205,14 @@ def test_a_module_that_is_also_outside_the_blocks_is_inside() -> None:
     """It is one module: what runs it elsewhere runs it eagerly, in int8."""
     model = frozen_decoder()
     model.again = model.layers[0].up  # type: ignore[union-attr, assignment]
-    sites = find_sites(model, QuaffConfig())
-    mark_outside(sites, find_blocks(model, sites))
-    assert {site.name: site.reason for site in sites}["layers.0.up"] == ""
+    assert reasons(model)["layers.0.up"] == ""
 
 
 def test_a_weight_shared_with_a_module_outside_the_blocks_is_left_alone() -> None:
     model = frozen_decoder()
     model.head = nn.Linear(8, 16).requires_grad_(False)
     model.head.weight = model.layers[0].up.weight  # type: ignore[union-attr]
-    sites = find_sites(model, QuaffConfig())
-    mark_outside(sites, find_blocks(model, sites))
-    found = {site.name: site.reason for site in sites}
+    found = reasons(model)
     assert found["layers.0.up"] == "outside the repeated blocks (scope='blocks')"
     assert found["layers.1.up"] == ""
 
@@ -225,8 +229,60 @@ def test_include_and_exclude_take_patterns() -> None:
     assert found["lm_head"] == "not included by the config"
 
 
-def test_an_empty_exclude_takes_the_head_as_well() -> None:
-    assert reasons(frozen_decoder(), exclude=())["lm_head"] == ""
+def with_head(features: int = HEAD_FEATURES, tied: bool = False) -> Decoder:
+    model = Decoder()
+    model.embed, model.lm_head = nn.Embedding(features, 8), nn.Linear(8, features)
+    if tied:
+        model.lm_head.weight = model.embed.weight
+    return model.requires_grad_(False)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_head_is_a_site_like_any_other(tied: bool) -> None:
+    head = chosen(with_head(tied=tied))["lm_head.weight"]
+    assert (head.reason, head.is_head, head.table) == ("", True, "embed.weight" if tied else "")
+    assert len(head.places) == 1 + tied
+    assert not chosen(with_head(tied=tied))["layers.0.up.weight"].is_head
+    assert reasons(with_head(tied=tied), exclude=("lm_head",))["lm_head"] == "excluded by the config"
+
+
+def test_a_small_matrix_outside_the_blocks_is_no_head() -> None:
+    head = chosen(with_head(HEAD_FEATURES - 1))["lm_head.weight"]
+    assert (head.reason, head.is_head) == ("outside the repeated blocks (scope='blocks')", False)
+
+
+def test_a_head_of_more_classes_than_int32_sums_hold_is_taken() -> None:
+    assert chosen(with_head(INT32_MAX_REDUCTION + 1))["lm_head.weight"].reason == ""
+
+
+@pytest.mark.parametrize(
+    ("change", "config"),
+    [
+        (lambda model: setattr(model.embed, "max_norm", 1.0), {}),
+        (lambda model: setattr(model, "embed", nn.EmbeddingBag.from_pretrained(model.lm_head.weight)), {}),
+        (lambda model: None, {"scope": "model"}),
+    ],
+    ids=["max_norm", "bag", "compiled whole"],
+)
+def test_a_table_that_does_more_than_give_rows_keeps_its_head_in_float(
+    change: Callable[[Decoder], None], config: dict[str, object]
+) -> None:
+    model = with_head(tied=True)
+    change(model)
+    model.lm_head.weight = model.embed.weight
+    assert reasons(model, **config)["lm_head"] == "tied to embed.weight"
+
+
+def test_a_head_that_is_compiled_with_all_of_the_model_is_one() -> None:
+    head = chosen(with_head(), scope="model")["lm_head.weight"]
+    assert (head.reason, head.is_head) == ("", True)
+
+
+def test_a_wide_matrix_in_a_block_is_no_head() -> None:
+    model = frozen_decoder()
+    for layer in model.layers:
+        layer.up = nn.Linear(8, HEAD_FEATURES).requires_grad_(False)  # type: ignore[union-attr]
+    assert not chosen(model)["layers.0.up.weight"].is_head
 
 
 def test_weights_inside_the_attention_of_torch_are_left_alone_with_a_reason() -> None:
@@ -354,7 +410,7 @@ def test_blocks_under_a_peft_wrapper_are_found_with_the_base_weights_as_sites() 
     assert sites["layers.0.up.weight"].reason == ""
     assert sites["layers.0.up.weight"].module is up.base_layer, "the wrapped layer owns the weight"
     assert sites["layers.0.up.lora_A.default.weight"].reason == "weight is trainable"
-    assert sites["lm_head.weight"].reason == "excluded by the config"
+    assert sites["lm_head.weight"].reason == ""
 
 
 def test_patterns_name_layers_as_the_user_knows_them_under_peft() -> None:
@@ -369,15 +425,10 @@ def test_patterns_name_layers_as_the_user_knows_them_under_peft() -> None:
 
 def test_sites_outside_the_blocks_get_their_reason() -> None:
     model = frozen_decoder()
-    sites = find_sites(model, QuaffConfig(exclude=()))
-    mark_outside(sites, find_blocks(model, sites))
-    found = {site.name: site.reason for site in sites}
+    found = reasons(model)
     assert found["lm_head"] == "outside the repeated blocks (scope='blocks')"
     assert found["layers.2.down"] == ""
 
 
 def test_an_earlier_reason_is_kept_outside_the_blocks() -> None:
-    model = frozen_decoder()
-    sites = find_sites(model, QuaffConfig())
-    mark_outside(sites, find_blocks(model, sites))
-    assert {site.name: site.reason for site in sites}["lm_head"] == "excluded by the config"
+    assert reasons(frozen_decoder(), exclude=("lm_head",))["lm_head"] == "excluded by the config"

@@ -153,6 +153,7 @@ def without_compiler(model: nn.Module) -> nn.Module:
 CONFIGS: dict[str, Mapping[str, object]] = {
     "quaff_fx: Quaff's formulas": PAPER,
     "quaff_fx: default": {},
+    "quaff_fx: head in float": {"exclude": ("lm_head",)},
 }
 """The configurations of quaff_fx."""
 

@@ -101,8 +101,8 @@ def load_checkpoint(
 ) -> nn.Module:
     """Fills `model`, built on the meta device, from safetensors files, in place; returns the same object.
 
-    Matrices of `nn.Linear` and Conv1D in the repeated blocks become int8, part by part; all else is float. Parameters
-    that are one object stay one. Names and shapes of all files are checked before the first tensor is loaded.
+    Matrices of `nn.Linear` and Conv1D in the repeated blocks, and a head, become int8, part by part; all else is float.
+    Parameters that are one object stay one. Names and shapes in all files are checked before any tensor is loaded.
 
     Args:
         model: its parameters on the meta device, its buffers real.
@@ -226,6 +226,7 @@ def _in_dim(site: Site) -> int | None:
     layouts = {
         None if name != "weight" else 1 if isinstance(module, nn.Linear) else 0 if is_conv1d(module) else None
         for module, name in site.places
+        if not isinstance(module, nn.Embedding)  # which takes rows of whatever its linear reads
     }
     return layouts.pop() if len(layouts) == 1 else None
 

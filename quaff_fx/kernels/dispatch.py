@@ -32,6 +32,7 @@ class Kernels:
         launched_by_inductor: the functions launch Triton kernels. They are traced into a lowered graph, so that its
             compiled code launches the kernels itself.
         outlier_operand: dtype and columns that the quantizer gives the operand of O outliers of an activation.
+        logits_bytes: how many, in float32, a loss in parts may have at once.
         activation_max: Q where the config leaves it open: 127, or 63 where 8 bits are slow.
     """
 
@@ -44,6 +45,7 @@ class Kernels:
     owns_low_rank: bool = False
     launched_by_inductor: bool = False
     outlier_operand: Callable[[torch.dtype, int], tuple[torch.dtype, int]] = _as_they_are
+    logits_bytes: int = 2**26
     activation_max: int = 127
 
 
@@ -56,6 +58,7 @@ _INT_MM = Kernels(
     "torch._int_mm",
     functools.partial(reference.int8_linear, int8_matmul=cuda.int8_matmul),
     reference.quantize_activation,
+    logits_bytes=2**29,
 )
 
 _SUPPORTED = ("cpu", "cuda")
@@ -96,7 +99,13 @@ def _of_card(device: torch.device) -> Kernels:
         owns_low_rank=True,
         launched_by_inductor=True,
         outlier_operand=rows.outlier_operand,
+        logits_bytes=2**29,
     )
+
+
+def is_host(device: torch.device) -> bool:
+    """Tells whether values on a device can be looked at without waiting for what was started on it."""
+    return device.type == "cpu"
 
 
 def reason_unsupported(device: torch.device) -> str:

@@ -31,6 +31,9 @@ class LinearState(Protocol):
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """Returns x Wᵀ + bias through the int8 product."""
 
+    def rows(self, indices: Tensor) -> Tensor:
+        """Returns rows of the float weight (N, K), (..., K)."""
+
 
 class Int8Weight(Tensor):
     """A quantized weight as eager code sees it; it has no float data until something needs them.
@@ -66,6 +69,9 @@ class Int8Weight(Tensor):
         if (operands := _linear_operands(func, args, kwargs)) is not None:
             x, weight, bias = operands
             return weight._state.linear(_as_autocast_casts(x), bias)
+        if func is nn.functional.embedding and (lookup := _lookup(*args, **kwargs)) is not None:
+            indices, weight = lookup
+            return weight._state.rows(indices)
         with torch._C.DisableTorchFunctionSubclass():  # results are plain tensors
             return func(*args, **kwargs)
 
@@ -145,6 +151,21 @@ def _linear_operands(
     x, weight, bias, in_dim = operands
     is_linear = isinstance(weight, Int8Weight) and not isinstance(x, Int8Weight) and weight._state.in_dim == in_dim
     return (x, weight, bias) if is_linear else None
+
+
+def _lookup(
+    input: Tensor,  # noqa: A002  # torch's name
+    weight: Tensor,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> tuple[Tensor, Int8Weight] | None:
+    """The indices and the table of an embedding; None if it edits the table. All else matters to trained ones only."""
+    if not isinstance(weight, Int8Weight) or max_norm is not None or weight._state.in_dim != 1:
+        return None
+    return input, weight
 
 
 def _as_autocast_casts(x: Tensor) -> Tensor:

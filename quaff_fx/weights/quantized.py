@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from quaff_fx import numerics, ops
+from quaff_fx.weights import logits
 from quaff_fx.weights.layout import as_matrix
 from quaff_fx.weights.state import REPLACED, Int8State, KeepsFloat32
 
@@ -57,7 +59,11 @@ class QuantizedWeight(Int8State):
         w_outlier: (O, N), row j is column ``outlier_channels[j]``, in 16 bits (`numerics.outlier_rows`).
         outliers: the `OutlierState` of its activation, which is rotated as the weight is.
         activation_max: Q, 127 or 63.
+        grad_outliers: how many values of a token's gradient are kept apart: of a head's, which is that of logits.
     """
+
+    grad_outliers = 0
+    _token_losses: Callable[..., Tensor] | None = None
 
     def __init__(self, weight: Tensor, in_dim: int, outliers: OutlierState, activation_max: int, rotation: int) -> None:
         matrix = as_matrix(weight.detach(), in_dim)
@@ -135,6 +141,19 @@ class QuantizedWeight(Int8State):
         super()._load_from_state_dict(*args)
         self.remember_values()
 
+    def defer_logits(self, token_losses: Callable[..., Tensor] | None) -> None:
+        """Makes products that train give `logits.Logits`, whose loss `token_losses` computes; with None none does."""
+        self._token_losses = token_losses
+
+    def token_losses(self, *arguments: Any) -> Tensor:
+        """Returns what `logits.Head` says."""
+        assert self._token_losses is not None
+        return self._token_losses(*arguments)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # What is compiled belongs to this model: `Stages.install` gives a copy its own.
+        return {name: value for name, value in self.__dict__.items() if name != "_token_losses"}
+
     def __setstate__(self, values: dict[str, Any]) -> None:
         super().__setstate__(values)  # type: ignore[no-untyped-call]
         self._version = -1  # a copy counts its own, from zero: an edit of before would look like none
@@ -155,10 +174,24 @@ class QuantizedWeight(Int8State):
             self.training,
             self.dtype,
             self.rotation,
+            self.grad_outliers,
         )
         return weight
 
+    def rows(self, indices: Tensor) -> Tensor:
+        """Returns rows of the float weight (N, K), (..., K): a tied embedding looks tokens up."""
+        at = indices.reshape(-1)
+        columns = self.w_outlier.index_select(1, at)
+        weight = (self.w_int8.index_select(0, at), self.w_scale.index_select(0, at), columns)
+        rows = numerics.dequantize_weight(*weight, self.outliers.outlier_channels, self.rotation)
+        return rows.to(self.dtype).reshape(*indices.shape, -1)
+
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """Returns `product`, or of a head that trains `logits.Logits`, which compute it where they are read."""
+        is_deferred = self._token_losses is not None and logits.can_be_deferred(x, bias)
+        return logits.logits(self, x, bias) if is_deferred else self.product(x, bias)
+
+    def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """Returns x Wᵀ + bias through the int8 product, differentiable; in training writes the next smoothing scale."""
         outliers, numbers = self.outliers, (self.activation_max, self.rotation)
         channels, s = outliers.outlier_channels, outliers.smoothing_scale
@@ -168,5 +201,6 @@ class QuantizedWeight(Int8State):
                 updated = torch.ops.quaff.update_smoothing_scale.default(x.detach(), *state)
                 outliers.write_next(updated)
         parts = torch.ops.quaff.quantize_activation.default(x.detach(), channels, s, *numbers)
-        y: Tensor = torch.ops.quaff.linear.default(x, *parts, self.w_int8, self.w_scale, self.w_outlier, bias, *numbers)
+        weight = (self.w_int8, self.w_scale, self.w_outlier)
+        y: Tensor = torch.ops.quaff.linear.default(x, *parts, *weight, bias, *numbers, self.grad_outliers)
         return y

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from quaff_fx import numerics
 from quaff_fx.weights.int8_weight import Int8Weight
 from quaff_fx.weights.layout import as_matrix, from_matrix, swapped_shape
 
@@ -86,6 +87,17 @@ class Int8State(KeepsFloat32):
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """Returns x Wᵀ + bias, differentiable."""
         raise NotImplementedError
+
+    @property
+    def out_features(self) -> int:
+        """N."""
+        return int(self.w_int8.shape[0])
+
+    def rows(self, indices: Tensor) -> Tensor:
+        """Returns rows of the float weight (N, K), (..., K): a tied embedding looks tokens up."""
+        at = indices.reshape(-1)
+        parts = (self.w_int8.index_select(0, at), self.w_scale.index_select(0, at))
+        return numerics.dequantize_rows(*parts, self.rotation).to(self.dtype).reshape(*indices.shape, -1)
 
     def float_values(self) -> Tensor:
         """Returns the float weight in the layout of the original parameter."""

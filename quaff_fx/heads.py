@@ -1,0 +1,55 @@
+"""The loss of a head as it is compiled; `weights/logits.py` calls it for some tokens at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from quaff_fx.sites import Site
+from quaff_fx.weights import owners
+from quaff_fx.weights.logits import Steps
+
+
+class HeadLoss(nn.Module):
+    """The product of a head, what the model does to its logits, and the cross entropy of each token."""
+
+    def __init__(self, site: Site) -> None:
+        super().__init__()
+        self.name = site.name.rpartition(".")[2]
+        self.parameter = site.parameter
+        self.add_module(self.name, site.module)
+
+    def quaff_forward(
+        self, x: Tensor, bias: Tensor | None, labels: Tensor, steps: Steps, ignore_index: int, label_smoothing: float
+    ) -> Tensor:
+        """Returns the cross entropy of tokens (T,): of the rows of x (T, K) and their labels (T,) int64."""
+        weight = owners.states_of(self._modules[self.name])[self.parameter].dequantized()  # type: ignore[arg-type]
+        logits = nn.functional.linear(x, weight, bias)
+        for name, *numbers in steps:
+            logits = getattr(logits, name)(*numbers)
+        return nn.functional.cross_entropy(
+            logits, labels, ignore_index=ignore_index, label_smoothing=label_smoothing, reduction="none"
+        )
+
+
+def defer_logits(sites: list[Site], compiled: Callable[..., Any] | None) -> None:
+    """Makes the heads among quantized `sites` give logits that are computed where they are read; with None not.
+
+    Args:
+        compiled: runs the ``quaff_forward`` of a module, (module, args, kwargs).
+    """
+    for site in sites:
+        weight = owners.quantized_in(site.module).get(site.parameter)
+        if weight is None or not site.is_head:
+            continue
+        weight.defer_logits(None if compiled is None else _losses(HeadLoss(site), compiled))
+
+
+def _losses(loss: HeadLoss, compiled: Callable[..., Any]) -> Callable[..., Tensor]:
+    def token_losses(*arguments: Any) -> Tensor:
+        losses: Tensor = compiled(loss, arguments, {})
+        return losses
+
+    return token_losses
