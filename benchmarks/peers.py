@@ -62,6 +62,12 @@ def compiled(model: nn.Module) -> nn.Module:
     return model
 
 
+def compiled_whole(model: nn.Module) -> nn.Module:
+    """Compiles the model as one graph, head and loss as well."""
+    model.compile()
+    return model
+
+
 def bfloat16_compiled(model: nn.Module) -> nn.Module:
     """Everything in bfloat16, the adapters too: the fastest form, without casts between adapter and base."""
     return compiled(model.to(torch.bfloat16))
@@ -310,6 +316,7 @@ PAPER = {"smoothing": "momentum", "outlier_rule": "mean_multiple", "outlier_budg
 SYSTEMS = (
     System("float32, eager", eager, is_float32=True),
     System("float32, compiled", compiled, is_float32=True),
+    System("float32, compiled whole", compiled_whole, is_float32=True),
     System("bfloat16, compiled", bfloat16_compiled),
     System("bitsandbytes LLM.int8", bitsandbytes_int8, reason_no_bitsandbytes),
     System("bitsandbytes NF4", bitsandbytes_nf4, reason_no_bitsandbytes),

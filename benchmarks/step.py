@@ -31,7 +31,7 @@ sys.path.insert(0, str(ROOT))
 from benchmarks import peers  # noqa: E402
 from benchmarks.roofline import rooflines  # noqa: E402
 from benchmarks.step_results import Record, footer, printed_table, table_rows, write_chart, write_csv  # noqa: E402
-from benchmarks.step_worker import Failed, Worker  # noqa: E402
+from benchmarks.step_worker import WHOLE, Failed, Worker  # noqa: E402
 from workloads import smollm2  # noqa: E402
 
 
@@ -92,7 +92,7 @@ def selected_systems(options: argparse.Namespace) -> list[peers.System]:
 def parse_options(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--shape", choices=("llama-1b", "smollm2", "tiny"), default="llama-1b", help="(default: %(default)s)")
+    add("--shape", choices=("llama-1b", "smollm2", *WHOLE, "tiny"), default="llama-1b", help="(default: %(default)s)")
     add("--layers", type=int, default=2, help="blocks of llama-1b and tiny (default: %(default)s)")
     add("--batch-size", type=int, default=1, help="(default: %(default)s)")
     add("--tokens", type=int, default=512, help="in a sequence (default: %(default)s)")

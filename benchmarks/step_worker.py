@@ -20,16 +20,45 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM, Qwen3Config
 
 from benchmarks import peers
 from workloads import smollm2, word_problems
 from workloads.memory import peak_memory_mib, reset_peak_memory
 
-SIZES = {
+SIZES: dict[str, dict[str, int]] = {
     "llama-1b": {"hidden_size": 2048, "intermediate_size": 5504, "num_attention_heads": 16, "vocab_size": 4096},
     "tiny": {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "vocab_size": 96},
 }
+WHOLE: dict[str, tuple[Any, dict[str, Any]]] = {
+    "gemma3-270m": (
+        Gemma3TextConfig,
+        {
+            "hidden_size": 640,
+            "intermediate_size": 2048,
+            "num_hidden_layers": 18,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 1,
+            "head_dim": 256,
+            "vocab_size": 262144,
+        },
+    ),
+    "qwen3-0.6b": (
+        Qwen3Config,
+        {
+            "hidden_size": 1024,
+            "intermediate_size": 3072,
+            "num_hidden_layers": 28,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "vocab_size": 151936,
+            "tie_word_embeddings": True,
+        },
+    ),
+}
+"""Small models with large vocabularies and tied heads, whole: the shape of a published one, with random weights."""
+
 BATCHES = 4
 """Every system sees these in turn, again and again, so that the loss falls."""
 
@@ -106,6 +135,11 @@ def adapted_model(options: argparse.Namespace) -> tuple[nn.Module, list[Tensor]]
         if needed > len(ids):
             raise ValueError(f"tokens: {needed} are needed, expected at most {len(ids)}. Lower --tokens.")
         ids = ids[:needed].view(shape)
+    elif options.shape in WHOLE:
+        config_class, sizes = WHOLE[options.shape]
+        config = config_class(**sizes, max_position_embeddings=options.tokens)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        ids = torch.randint(0, sizes["vocab_size"], shape)
     else:
         sizes = SIZES[options.shape]
         config = LlamaConfig(**sizes, num_hidden_layers=options.layers, max_position_embeddings=options.tokens)

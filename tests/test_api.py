@@ -70,10 +70,10 @@ class TestRefused:
         )
 
     def test_unsupported_dtype(self):
-        assert_refused(tiny_llama().double(), r"14 × weight is torch.float64")
+        assert_refused(tiny_llama().double(), r"15 × weight is torch.float64")
 
     def test_unsupported_device(self):
-        assert_refused(tiny_llama().to("meta"), r"14 × weight is on device meta")
+        assert_refused(tiny_llama().to("meta"), r"15 × weight is on device meta")
 
 
 class TestCalibrate:

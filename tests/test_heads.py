@@ -10,7 +10,6 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Gemma2Config, Gemma2ForCausalLM, PreTrainedModel
 
 import quaff_fx
@@ -104,27 +103,27 @@ def test_nothing_as_large_as_the_logits_exists(
 ) -> None:
     _, model = trained
     part = 16
-    kernels = dataclasses.replace(kernels_of(torch.device("cpu")), logits_bytes=4 * part * VOCABULARY)
-    monkeypatch.setattr(logits, "kernels_of", lambda _: kernels)
+    weight = owners.quantized_in(base_layer(model.get_output_embeddings()))["weight"]
+    losses, tokens = weight._token_losses, []
+    assert losses is not None
 
-    class Largest(TorchDispatchMode):
-        """Sees what runs outside of compiled code, and what compiled code gives and takes."""
-
-        size = 0
-
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            result = func(*args, **(kwargs or {}))
-            for tensor in result if isinstance(result, (tuple, list)) else (result,):
-                if isinstance(tensor, Tensor) and tensor.is_floating_point():
-                    self.size = max(self.size, tensor.numel())
-            return result
+    def counted(x: Tensor, *rest: Any) -> Tensor:
+        tokens.append(len(x))
+        return losses(x, *rest)
 
     whole, _, _ = step(model, tokens=40)
-    with Largest() as largest:
-        in_parts, _, outputs = step(model, tokens=40)
-    assert whole == pytest.approx(in_parts, abs=1e-6)
-    assert largest.size <= part * VOCABULARY
+    monkeypatch.setattr(weight, "_token_losses", counted)
+    monkeypatch.setattr(weight, "product", None)  # nobody computes the logits
+    kernels = dataclasses.replace(kernels_of(torch.device("cpu")), logits_bytes=4 * part * VOCABULARY)
+    monkeypatch.setattr(logits, "kernels_of", lambda _: kernels)
+    in_parts, _, outputs = step(model, tokens=40)
+    assert whole == pytest.approx(in_parts, abs=1e-4)
+    assert tokens == [part] * 5
     assert outputs.logits.shape == (2, 40, VOCABULARY)
+
+
+def base_layer(module: nn.Module) -> nn.Module:
+    return getattr(module, "base_layer", module)  # type: ignore[no-any-return]
 
 
 def test_explain_and_graphs_show_the_head(trained: tuple[nn.Module, nn.Module]) -> None:
@@ -186,9 +185,10 @@ def test_a_tied_head_and_its_table_are_one_int8_matrix() -> None:
     error = (looked_up - plain.get_input_embeddings()(ids())).norm() / looked_up.norm()
     assert error < 0.01
     assert table(ids().int()).shape == looked_up.shape
-    with pytest.raises(IndexError):
-        table(torch.tensor([VOCABULARY]))
-    model.tie_weights()  # transformers and PEFT call it at any time
+    for wrong in (VOCABULARY, -1):
+        with pytest.raises(IndexError, match="index out of range"):
+            table(torch.tensor([wrong]))
+    head.weight = table.weight  # what ties them
     assert owners.states_of(head)["weight"] is state
     assert state.weight_bytes() < 0.3 * plain.get_input_embeddings().weight.numel() * 4
 
@@ -221,6 +221,7 @@ def test_a_head_that_is_compiled_with_all_of_the_model_keeps_large_gradients_apa
     ids=["LoRA on the head", "trained head", "LoRA on the table", "trained tokens"],
 )
 @pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True` and a tied layer:UserWarning")
 def test_adapters_of_head_and_table(adapter: dict[str, Any], tied: bool) -> None:
     def made() -> nn.Module:
         torch.manual_seed(0)

@@ -842,7 +842,7 @@ def test_a_step_of_a_model_is_the_same_bit_for_bit() -> None:
     assert expected.keys() == found.keys()
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
     assert observer.seen.keys() == {site.weight_name for site in sites if not site.reason}
-    assert len(observer.seen) == 2 * 7
+    assert len(observer.seen) == 2 * 7 + 1
     assert all((seen.in_dim, seen.readers) == (1, {}) for seen in observer.seen.values())
     tokens = token_ids().numel()
     linears = [site for site in sites if len(site.shape) == 2 and "embed_tokens" not in site.name]

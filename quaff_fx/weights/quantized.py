@@ -180,9 +180,8 @@ class QuantizedWeight(Int8State):
 
     def rows(self, indices: Tensor) -> Tensor:
         """Returns rows of the float weight (N, K), (..., K): a tied embedding looks tokens up."""
-        at = indices.reshape(-1)
-        columns = self.w_outlier.index_select(1, at)
-        weight = (self.w_int8.index_select(0, at), self.w_scale.index_select(0, at), columns)
+        at, w_scale = self._scales_at(indices)
+        weight = (self.w_int8[at], w_scale, self.w_outlier[:, at])
         rows = numerics.dequantize_weight(*weight, self.outliers.outlier_channels, self.rotation)
         return rows.to(self.dtype).reshape(*indices.shape, -1)
 

@@ -95,9 +95,14 @@ class Int8State(KeepsFloat32):
 
     def rows(self, indices: Tensor) -> Tensor:
         """Returns rows of the float weight (N, K), (..., K): a tied embedding looks tokens up."""
+        at, w_scale = self._scales_at(indices)
+        rows = numerics.dequantize_rows(self.w_int8[at], w_scale, self.rotation)
+        return rows.to(self.dtype).reshape(*indices.shape, -1)
+
+    def _scales_at(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns indices (T,) and the scales of their rows, (T,); raises torch's own error if there is no such row."""
         at = indices.reshape(-1)
-        parts = (self.w_int8.index_select(0, at), self.w_scale.index_select(0, at))
-        return numerics.dequantize_rows(*parts, self.rotation).to(self.dtype).reshape(*indices.shape, -1)
+        return at, nn.functional.embedding(at, self.w_scale.unsqueeze(1)).squeeze(1)
 
     def float_values(self) -> Tensor:
         """Returns the float weight in the layout of the original parameter."""

@@ -255,7 +255,8 @@ def test_systems_are_chosen_by_words_or_whole_names() -> None:
     def chosen(*words: str) -> list[str]:
         return [system.name for system in step.selected_systems(step.parse_options(["--systems", *words]))]
 
-    assert chosen("float32", "NF4") == ["float32, eager", "float32, compiled", "bitsandbytes NF4", "torchao NF4"]
+    float32 = ["float32, eager", "float32, compiled", "float32, compiled whole"]
+    assert chosen("float32", "NF4") == [*float32, "bitsandbytes NF4", "torchao NF4"]
     assert chosen("quaff_fx, 8 bits") == ["quaff_fx, 8 bits"]
 
 

@@ -7,6 +7,7 @@ compiling as well, so `obstacle` speaks for both.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -14,7 +15,9 @@ import inspect
 import os
 import platform
 import re
+import struct
 import tempfile
+import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -101,6 +104,7 @@ def obstacle() -> Obstacle | None:
             file.write(bytes(4096))
     except OSError as error:
         return obstacle_of(error)
+    remove_half_written(Path(cache_dir()))
     return None
 
 
@@ -144,6 +148,33 @@ def remove_cut_off(error: BaseException) -> bool:
         return False
     path.unlink()
     return True
+
+
+@functools.cache
+def remove_half_written(folder: Path) -> None:
+    """Removes the libraries below a folder that end before their table of sections, to be compiled anew.
+
+    A crash or a full disk leaves such files. Loading one may end the process (SIGBUS) where no error can be caught. One
+    that has changed a moment ago may be another process's, whose linker still writes.
+    """
+    for path in folder.rglob("*.so"):
+        with contextlib.suppress(OSError):
+            found = path.stat()
+            if time.time() - found.st_mtime > _WRITING_S and 0 < found.st_size < _whole_size(path):
+                path.unlink()
+
+
+_WRITING_S = 5.0
+
+
+def _whole_size(path: Path) -> int:
+    """Where the table of sections of a 64-bit ELF file ends, which linkers put last; 0 of any other file."""
+    with path.open("rb") as file:
+        header = file.read(64)
+    if len(header) < 64 or header[:6] != b"\x7fELF\x02\x01":
+        return 0
+    (start,), (size, count) = struct.unpack_from("<Q", header, 40), struct.unpack_from("<HH", header, 58)
+    return int(start + size * count)
 
 
 def _no_compiler() -> Obstacle:

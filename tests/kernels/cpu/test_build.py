@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -146,6 +149,28 @@ def test_what_an_error_in_compiling_says_about_this_machine() -> None:
     assert unloadable is not None
     assert unloadable.reason.startswith("compiled code cannot be loaded (no.so: ")
     assert build.obstacle_of(RuntimeError("a shape that does not fit")) is None, "that is about the code"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="ELF is the form of Linux's libraries")
+def test_only_half_written_libraries_that_nobody_writes_are_removed(tmp_path: Path) -> None:
+    import _ctypes
+
+    whole = Path(_ctypes.__file__).read_bytes()
+    contents = {
+        "whole": whole,
+        "half": whole[: len(whole) // 2],
+        "now": whole[:5000],
+        "text": b"no library",
+        "empty": b"",
+    }
+    paths = {name: tmp_path / name / "code.so" for name in contents}
+    for name, path in paths.items():
+        path.parent.mkdir()
+        path.write_bytes(contents[name])
+        if name != "now":
+            os.utime(path, (time.time() - 60,) * 2)
+    build.remove_half_written(tmp_path)
+    assert {name for name, path in paths.items() if not path.exists()} == {"half"}
 
 
 def test_only_a_cut_off_file_in_the_cache_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
