@@ -101,6 +101,13 @@ FEW_TOKENS = 32
 
 
 def product_tile(arch: int, tokens: int, dtype: torch.dtype) -> Tile:
+    """The tile of the product, for a result of a dtype.
+
+    Measured on an H200: 128 × 128 × 128 with 8 warps and 3 stages is the fastest of those tried, with at most 128
+    registers, where two blocks fit on a multiprocessor. Compiled: a float32 epilogue of 128 columns spills hundreds of
+    bytes, and its rotation takes 104 KiB of shared memory, more than a block of sm_86, 89 and 120 may have. 64 columns
+    take 56 KiB, and spill at most 64 bytes, with 144 outlier channels and rank 64 on sm_80 and sm_120.
+    """
     if tokens <= FEW_TOKENS:
         return _tile(4, 4, TOKENS=16 if tokens <= 16 else 32, COLUMNS=64, REDUCTION=128, GROUP=1)
-    return _tile(8, 3, TOKENS=128, COLUMNS=128, REDUCTION=128, GROUP=8)
+    return _tile(8, 3, TOKENS=128, COLUMNS=128 if dtype.itemsize == 2 else 64, REDUCTION=128, GROUP=8)
