@@ -35,6 +35,8 @@ ROTATION = 64
 _INT8 = r"(?:wgmma\.mma_async|mma\.sync)[^\n]*\.s8|tcgen05\.mma[^\n]*i8"
 _RESERVED = 1024
 """Bytes of shared memory that each block takes beside its own."""
+_TENSOR_MEMORY = 512
+"""Columns of a multiprocessor of sm_100."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,8 @@ class Compiled:
     Attributes:
         name: of its function. warps: of a block. stages: of its pipeline. registers: of a thread.
         stack: bytes of a thread that lie in memory instead of registers: what it spills.
-        shared: bytes of a block. is_int8: the tensor cores multiply int8 in it.
+        shared: bytes of a block. tensor_memory: columns of a block, on sm_100 alone; a kernel that takes more than
+            there are is empty, and its launch fails. is_int8: the tensor cores multiply int8 in it.
     """
 
     name: str
@@ -78,16 +81,18 @@ class Compiled:
     registers: int
     stack: int
     shared: int
+    tensor_memory: int
     is_int8: bool
 
     def blocks(self, card: Card) -> int:
         """Returns how many of its blocks fit on one multiprocessor; 0 if it does not run at all."""
-        if self.shared > card.shared_per_block:
+        if self.shared > card.shared_per_block or self.tensor_memory > _TENSOR_MEMORY:
             return 0
         threads = 32 * self.warps
         # A warp's registers come in units of 256.
         registers = -(-self.registers // 8) * 8 * threads
-        return min(65536 // registers, card.shared // (self.shared + _RESERVED), card.threads // threads)
+        fit = min(65536 // registers, card.shared // (self.shared + _RESERVED), card.threads // threads)
+        return min(fit, _TENSOR_MEMORY // self.tensor_memory) if self.tensor_memory else fit
 
 
 class _Driver:
@@ -147,7 +152,8 @@ def _usage(name: str, kernel: Any) -> Compiled:
     registers, stack = (max(map(int, re.findall(rf"{key}:(\d+)", printed))) for key in ("REG", "STACK"))
     about = kernel.metadata
     is_int8 = re.search(_INT8, kernel.asm["ptx"]) is not None
-    return Compiled(name, about.num_warps, about.num_stages, registers, stack, about.shared, is_int8)
+    tensor_memory = getattr(about, "tmem_size", None) or 0
+    return Compiled(name, about.num_warps, about.num_stages, registers, stack, about.shared, tensor_memory, is_int8)
 
 
 def _empty(*shape: int, dtype: torch.dtype) -> Tensor:
@@ -243,6 +249,7 @@ def table(architecture: int, dtype: torch.dtype) -> str:
                 "registers": kernel.registers,
                 "spilled bytes": kernel.stack,
                 "shared KiB": kernel.shared / 1024,
+                "tensor memory": kernel.tensor_memory or "",
                 "int8": "yes" if kernel.is_int8 else "",
                 "blocks": kernel.blocks(CARDS[architecture]),
             }

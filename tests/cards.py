@@ -36,7 +36,8 @@ class Driver:
 
     def __init__(self, architecture: int) -> None:
         self.architecture = architecture
-        self.utils = SimpleNamespace(get_device_properties=lambda _: {"max_shared_mem": CARDS[architecture].shared_per_block})
+        properties = {"max_shared_mem": CARDS[architecture].shared_per_block}
+        self.utils = SimpleNamespace(get_device_properties=lambda _: properties)
 
     def get_current_target(self) -> Any:
         from triton.backends.compiler import GPUTarget

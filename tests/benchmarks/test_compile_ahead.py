@@ -18,6 +18,8 @@ PAST_TWO_BLOCKS = {("3.7", HIDDEN, 0): 136, ("3.7", INNER, 16): 130}
 SPILLED = {(80, torch.float32): 16, (120, torch.float32): 64}
 """Bytes, with 144 outlier channels and rank 64 (Triton 3.7.1). A tile of 64 × 64 spills none, and loads more."""
 
+ROWS_SPILLED = {(100, torch.bfloat16, features): spilled for features, spilled in ((14336, 8), (16384, 8), (32768, 40))}
+
 
 @pytest.fixture(scope="module", autouse=True)
 def kernels_compiled_here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
@@ -35,17 +37,23 @@ def compiled(architecture: int, call: Callable[[], object]) -> Compiled:
 
 class TestBlocks:
     def test_registers_decide(self) -> None:
-        kernel = Compiled("kernel", warps=8, stages=3, registers=128, stack=0, shared=98304, is_int8=True)
+        kernel = Compiled(
+            "kernel", warps=8, stages=3, registers=128, stack=0, shared=98304, tensor_memory=0, is_int8=True
+        )
         assert kernel.blocks(CARDS[90]) == 2
-        assert Compiled("kernel", 8, 3, 129, 0, 98304, True).blocks(CARDS[90]) == 1
+        assert Compiled("kernel", 8, 3, 129, 0, 98304, 0, True).blocks(CARDS[90]) == 1
 
     def test_shared_memory_decides(self) -> None:
-        assert Compiled("kernel", 8, 3, 64, 0, 98304, True).blocks(CARDS[86]) == 1
-        assert Compiled("kernel", 8, 3, 64, 0, 106496, True).blocks(CARDS[86]) == 0, "it does not run"
+        assert Compiled("kernel", 8, 3, 64, 0, 98304, 0, True).blocks(CARDS[86]) == 1
+        assert Compiled("kernel", 8, 3, 64, 0, 106496, 0, True).blocks(CARDS[86]) == 0, "it does not run"
 
     def test_threads_decide(self) -> None:
-        assert Compiled("kernel", 8, 1, 16, 0, 0, False).blocks(CARDS[89]) == 6
-        assert Compiled("kernel", 8, 1, 16, 0, 0, False).blocks(CARDS[90]) == 8
+        assert Compiled("kernel", 8, 1, 16, 0, 0, 0, False).blocks(CARDS[89]) == 6
+        assert Compiled("kernel", 8, 1, 16, 0, 0, 0, False).blocks(CARDS[90]) == 8
+
+    def test_tensor_memory_decides(self) -> None:
+        assert Compiled("kernel", 8, 1, 16, 0, 0, 256, False).blocks(CARDS[100]) == 2
+        assert Compiled("kernel", 8, 1, 16, 0, 0, 608, False).blocks(CARDS[100]) == 0, "it does not run"
 
 
 def test_a_call_is_compiled_and_not_launched() -> None:
@@ -55,7 +63,7 @@ def test_a_call_is_compiled_and_not_launched() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("architecture", [80, 86, 90, 120])
+@pytest.mark.parametrize("architecture", [80, 86, 90, 100, 120])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
 def test_products_multiply_int8_on_tensor_cores_and_fit(architecture: int, dtype: torch.dtype) -> None:
     """On every architecture, with and without an adapter, forward and backward, many tokens and few."""
@@ -73,13 +81,13 @@ def test_products_multiply_int8_on_tensor_cores_and_fit(architecture: int, dtype
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("architecture", [86, 90])
+@pytest.mark.parametrize("architecture", [86, 90, 100])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
 @pytest.mark.parametrize("features", [4096, 14336, 16384, 32768])
 def test_the_quantizer_keeps_a_row_in_registers(architecture: int, dtype: torch.dtype, features: int) -> None:
     kernel = compiled(architecture, compile_ahead.quantize(dtype, features))
     assert kernel.name == "quantize_kernel"
-    assert kernel.stack == 0, kernel
+    assert kernel.stack <= ROWS_SPILLED.get((architecture, dtype, features), 0), kernel
     assert kernel.blocks(CARDS[architecture]) >= 1, kernel
 
 
