@@ -22,6 +22,7 @@ from torch.fx import GraphModule
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from torch.overrides import TorchFunctionMode
 
+from benchmarks.compile_ahead import CARDS
 from quaff_fx import backend, inductor, ops
 from quaff_fx.kernels import cuda, dispatch
 from quaff_fx.passes import factors, join, launch, spec
@@ -29,15 +30,14 @@ from quaff_fx.passes.infrastructure import RunResult
 
 DEVICE = torch.device("cuda", 0)
 
-_SHARED_MEMORY = {75: 65536, 80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
-
 
 class Driver:
     """What Triton and Inductor ask the driver of a card, by its architecture: 90 is sm_90."""
 
     def __init__(self, architecture: int) -> None:
         self.architecture = architecture
-        self.utils = SimpleNamespace(get_device_properties=lambda _: {"max_shared_mem": _SHARED_MEMORY[architecture]})
+        properties = {"max_shared_mem": CARDS[architecture].shared_per_block}
+        self.utils = SimpleNamespace(get_device_properties=lambda _: properties)
 
     def get_current_target(self) -> Any:
         from triton.backends.compiler import GPUTarget
@@ -77,12 +77,12 @@ def card(architecture: int = 90) -> Iterator[None]:
         multi_processor_count=132,
         warp_size=32,
         regs_per_multiprocessor=65536,
-        max_threads_per_multi_processor=2048,
+        max_threads_per_multi_processor=CARDS[architecture].threads,
         max_threads_per_block=1024,
         total_memory=80 * 2**30,
         shared_memory_per_block=49152,
-        shared_memory_per_block_optin=_SHARED_MEMORY[architecture],
-        shared_memory_per_multiprocessor=_SHARED_MEMORY[architecture] + 1024,
+        shared_memory_per_block_optin=CARDS[architecture].shared_per_block,
+        shared_memory_per_multiprocessor=CARDS[architecture].shared,
         L2_cache_size=50 * 2**20,
         gcnArchName="",
     )

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from quaff_fx.errors import QuaffWarning
 from quaff_fx.kernels import cpu, cuda, reference
+from quaff_fx.kernels.cuda import int_mm, tiles
 
 
 def _as_they_are(_: torch.dtype, outliers: int) -> tuple[torch.dtype, int]:
@@ -66,9 +67,9 @@ _SUPPORTED = ("cpu", "cuda")
 
 @functools.cache
 def kernels_of(device: torch.device) -> Kernels:
-    """Returns the kernels of a device; warns if those of a CPU cannot be compiled here, and plain torch takes over."""
+    """Returns the kernels of a device; warns if others than its own take over, since something is missing here."""
     if device.type == "cuda":
-        return _INT_MM if cuda.reason_without_triton(device) else _of_card(device)
+        return _of_cuda(device)
     if device.type != "cpu":
         return _REFERENCE
     found = cpu.obstacle_to_kernel()
@@ -84,6 +85,33 @@ def kernels_of(device: torch.device) -> Kernels:
         owns_rotation=True,
         activation_max=63 if instructions == "avx2" else 127,
     )
+
+
+def _of_cuda(device: torch.device) -> Kernels:
+    reason = cuda.reason_without_triton(device)
+    if not reason:
+        return _of_card(device)
+    if not torch.cuda.is_available():
+        return _INT_MM  # tensors are fake: nothing runs
+    architecture = cuda.architecture(device)
+    if architecture < int_mm.FIRST_ARCHITECTURE:
+        _warn_of_card(
+            f"is an sm_{architecture}, expected sm_{int_mm.FIRST_ARCHITECTURE} or newer, with int8 tensor cores. The "
+            "model runs in plain torch: right, but slower than in float32. Take a newer card, or leave quaff_fx out."
+        )
+        return _REFERENCE
+    if architecture >= tiles.FIRST_ARCHITECTURE:
+        _warn_of_card(
+            f"{reason}, expected it for an sm_{architecture}. The model runs through torch._int_mm: right, in int8, "
+            "but slower. Run: pip install triton"
+        )
+    return _INT_MM
+
+
+@functools.cache
+def _warn_of_card(text: str) -> None:
+    """Warns, once for each text and not for each card."""
+    warnings.warn(f"CUDA device: {text}", QuaffWarning, stacklevel=4)
 
 
 def _of_card(device: torch.device) -> Kernels:

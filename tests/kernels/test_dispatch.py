@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import warnings
 from collections.abc import Iterator
 
@@ -17,10 +18,11 @@ from tests.data import integers
 
 @pytest.fixture(autouse=True)
 def asked_anew() -> Iterator[None]:
-    for function in (dispatch.kernels_of, dispatch.warn_of):
+    functions = (dispatch.kernels_of, dispatch.warn_of, dispatch._warn_of_card)
+    for function in functions:
         function.cache_clear()
     yield
-    for function in (dispatch.kernels_of, dispatch.warn_of):
+    for function in functions:
         function.cache_clear()
 
 
@@ -56,6 +58,37 @@ def test_cuda_without_triton_multiplies_and_leaves_the_epilogue_to_inductor(arch
     assert kernels.int8_linear.keywords == {"int8_matmul": cuda.int8_matmul}  # type: ignore[attr-defined]
     assert not kernels.owns_epilogue
     assert not kernels.owns_rotation
+
+
+@pytest.mark.parametrize("architecture", [80, 90, 120])
+def test_without_triton_a_card_multiplies_slowly_and_one_warning_says_so(
+    architecture: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with card(architecture):
+        monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+        text = rf"^CUDA device: Triton is not installed, expected it for an sm_{architecture}\. .*pip install triton$"
+        with pytest.warns(QuaffWarning, match=text) as warned:
+            kernels = [dispatch.kernels_of(torch.device("cuda", index)) for index in (0, 1)]
+        monkeypatch.undo()
+    assert len(warned) == 1, "not one for each card"
+    assert {each.name for each in kernels} == {"torch._int_mm"}
+
+
+def test_turing_without_triton_is_as_it_should_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    with card(75):
+        monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+        assert dispatch.kernels_of(torch.device("cuda", 0)).name == "torch._int_mm"
+        monkeypatch.undo()
+
+
+@pytest.mark.parametrize("architecture", [61, 70])
+def test_cards_before_turing_take_the_contract_itself_and_one_warning_says_so(architecture: int) -> None:
+    with (
+        card(architecture),
+        pytest.warns(QuaffWarning, match=rf"^CUDA device: is an sm_{architecture}, expected sm_75 "),
+    ):
+        kernels = dispatch.kernels_of(torch.device("cuda", 0))
+    assert kernels.int8_linear is reference.int8_linear
 
 
 @pytest.mark.parametrize("architecture", [80, 86, 89, 90, 100, 120])

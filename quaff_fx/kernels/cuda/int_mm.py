@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+FIRST_ARCHITECTURE = 75
+"""Older cards have no tensor cores for int8."""
 MIN_TOKENS = 17
 """`torch._int_mm` wants more than 16 rows."""
 MULTIPLE = 8

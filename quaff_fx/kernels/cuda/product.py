@@ -59,8 +59,9 @@ def int8_linear_kernel(
     corner_t = (first_t + program % in_group % group) * TOKENS
     corner_c = program % in_group // group * COLUMNS
 
-    # The corner of the tile is a 64-bit scalar, offsets inside the tile are 32 bits: fewer registers. Tokens and
-    # columns past the end read the last one again, instead of masks; only the store is masked.
+    # The corner of the tile is a 64-bit scalar that walks along the reduction, offsets inside the tile are 32 bits and
+    # stay: fewer registers. Tokens and columns past the end read the last one again, instead of masks; only the store
+    # is masked.
     t = tl.arange(0, TOKENS)
     c = tl.arange(0, COLUMNS)
     k = tl.arange(0, REDUCTION)
@@ -68,19 +69,21 @@ def int8_linear_kernel(
     column = tl.minimum(c, C - corner_c - 1)
     wide_t = corner_t.to(tl.int64)
     wide_c = corner_c.to(tl.int64)
-    a_tile = a_ptr + wide_t * stride_at + row[:, None] * stride_at + k[None, :] * stride_ak
-    w_tile = w_ptr + wide_c * stride_wc + column[None, :] * stride_wc + k[:, None] * stride_wk
+    a_ptr += wide_t * stride_at
+    w_ptr += wide_c * stride_wc
+    a_tile = row[:, None] * stride_at + k[None, :] * stride_ak
+    w_tile = column[None, :] * stride_wc + k[:, None] * stride_wk
     total = tl.zeros((TOKENS, COLUMNS), tl.int32)
     for step in range(tl.cdiv(K, REDUCTION)):
         if IS_EVEN:
-            a = tl.load(a_tile)
-            w = tl.load(w_tile)
+            a = tl.load(a_ptr + a_tile)
+            w = tl.load(w_ptr + w_tile)
         else:
-            a = tl.load(a_tile, mask=(k < K - step * REDUCTION)[None, :], other=0)
-            w = tl.load(w_tile, mask=(k < K - step * REDUCTION)[:, None], other=0)
+            a = tl.load(a_ptr + a_tile, mask=(k < K - step * REDUCTION)[None, :], other=0)
+            w = tl.load(w_ptr + w_tile, mask=(k < K - step * REDUCTION)[:, None], other=0)
         total = tl.dot(a, w, total, out_dtype=tl.int32)
-        a_tile += REDUCTION * stride_ak
-        w_tile += REDUCTION * stride_wk
+        a_ptr += REDUCTION * stride_ak
+        w_ptr += REDUCTION * stride_wk
 
     out_tile = out_ptr + wide_t * C + wide_c + t[:, None] * C + c[None, :]
     is_inside = (t < T - corner_t)[:, None] & (c < C - corner_c)[None, :]
@@ -95,14 +98,14 @@ def int8_linear_kernel(
             out *= tl.load(w_scale_ptr + corner_c + column)[None, :]
         if ROTATION > 1:
             out = rotated(out, ROTATION, dtype)
-        if OUTLIERS > 0:
-            a_rows = a_outlier_ptr + wide_t * stride_aot + row[:, None] * stride_aot
-            w_columns = w_outlier_ptr + wide_c * stride_woc + column[None, :] * stride_woc
-            out = plus_pair(out, a_rows, w_columns, stride_aor, stride_wor, OUTLIERS, W_OUTLIERS, dtype)
         if RANK > 0:
             a_rows = a_low_rank_ptr + wide_t * stride_alt + row[:, None] * stride_alt
             w_columns = w_low_rank_ptr + wide_c * stride_wlc + column[None, :] * stride_wlc
             out = plus_pair(out, a_rows, w_columns, stride_alr, stride_wlr, RANK, RANK, dtype)
+        if OUTLIERS > 0:
+            a_rows = a_outlier_ptr + wide_t * stride_aot + row[:, None] * stride_aot
+            w_columns = w_outlier_ptr + wide_c * stride_woc + column[None, :] * stride_woc
+            out = plus_pair(out, a_rows, w_columns, stride_aor, stride_wor, OUTLIERS, W_OUTLIERS, dtype)
         if HAS_BIAS:
             out += tl.load(bias_ptr + corner_c + column).to(tl.float32)[None, :]
         tl.store(out_tile, out.to(dtype), mask=is_inside)

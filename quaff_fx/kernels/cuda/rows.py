@@ -61,9 +61,9 @@ def smoothed(
 def absmax_bits(x):
     """Returns the largest |x| of a row as the bits of a float32, whose order as integers puts NaN above infinity.
 
-    Triton's maximum of floats passes NaN over.
+    Triton's maximum of floats passes NaN over. One axis after the other does not compile for sm_100 (Triton 3.7.1).
     """
-    return tl.max(tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1), 0)
+    return tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF)
 
 
 @triton.jit
@@ -158,7 +158,7 @@ def quantize_activation(
         kernel = wrap_triton(tiles.tiled(factor_kernel, tiles.FACTOR))
         grid = (-(-features // tiles.FACTOR.constants["WIDTH"]),)
         kernel[grid](outlier_channels, smoothing_scale, factor, features, outliers, outlier_width)
-    tile = tiles.row_tile(features, x.dtype, rotation)
+    tile = tiles.row_tile(tiles.architecture(x.device), features, x.dtype, rotation)
     kernel = wrap_triton(tiles.tiled(quantize_kernel, tile))
     chunks = max(1, -(-features // tile.constants["WIDTH"]))
     kernel[(-(-tokens // tiles.ROWS_PER_PROGRAM),)](

@@ -83,16 +83,21 @@ ROWS_PER_PROGRAM = 4
 """A guess: the rotation, built once a program, costs some 15 % of a row of 4096."""
 
 
-def row_tile(features: int, dtype: torch.dtype, rotation: int) -> Tile:
+_HAS_TENSOR_MEMORY = (100, 103)
+"""Architectures where every float product in a kernel takes some of 512 columns of tensor memory."""
+
+
+def row_tile(arch: int, features: int, dtype: torch.dtype, rotation: int) -> Tile:
     """The tile of the row quantizer; a row of more features than its width is read in chunks, twice.
 
     Measured on an H200 with a row a program: 4 warps, 1.6 TB/s at 4096 features and 1.4 TB/s at 14336. Compiled: 4
-    warps spill at 16384, so wide rows have 8 (a guess); float32 spills there as well.
+    warps spill at 16384, so wide rows have 8 (a guess); float32 spills there as well. On sm_100 two chunks of 8192 in
+    float32 would take 608 columns of tensor memory.
     """
     narrowest = 16 * max(rotation, 16)  # tensor cores multiply at least 16 blocks
     whole = max(narrowest, 1 << max(features - 1, 0).bit_length())
-    widest = 16384 if dtype.itemsize == 2 else 8192
-    width = whole if whole <= widest else 8192
+    widest = 16384 if dtype.itemsize == 2 else 4096 if arch in _HAS_TENSOR_MEMORY else 8192
+    width = whole if whole <= widest else min(widest, 8192)
     return _tile(warps=2 if width <= 1024 else 4 if width <= 4096 else 8, WIDTH=width)
 
 
@@ -101,6 +106,16 @@ FEW_TOKENS = 32
 
 
 def product_tile(arch: int, tokens: int, dtype: torch.dtype) -> Tile:
-    if tokens <= FEW_TOKENS:
+    """The tile of the product, for a result of a dtype.
+
+    Measured on an H200: 128 × 128 × 128 with 8 warps and 3 stages is the fastest of those tried, with at most 128
+    registers, where two blocks fit on a multiprocessor. Compiled: a float32 epilogue of 128 columns spills hundreds of
+    bytes, and its rotation takes 104 KiB of shared memory, more than a block of sm_86, 89 and 120 may have. 64 columns
+    take 56 KiB, and spill at most 64 bytes, with 144 outlier channels and rank 64 on sm_80 and sm_120. On sm_100 a
+    float32 epilogue takes tensor memory for every 16 channels, and with 144 more than there is. The tile of few tokens
+    takes none.
+    """
+    is_16_bit = dtype.itemsize == 2
+    if tokens <= FEW_TOKENS or (arch in _HAS_TENSOR_MEMORY and not is_16_bit):
         return _tile(4, 4, TOKENS=16 if tokens <= 16 else 32, COLUMNS=64, REDUCTION=128, GROUP=1)
-    return _tile(8, 3, TOKENS=128, COLUMNS=128, REDUCTION=128, GROUP=8)
+    return _tile(8, 3, TOKENS=128, COLUMNS=128 if is_16_bit else 64, REDUCTION=128, GROUP=8)

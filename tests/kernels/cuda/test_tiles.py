@@ -37,10 +37,11 @@ def test_without_triton_the_reason_says_so(monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.parametrize("features", [1, 64, 577, 4096, 14336, 28672, 32768])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rotation", [1, 2, 64])
+@pytest.mark.parametrize("architecture", [90, 100])
 def test_rows_are_read_in_whole_blocks_that_tensor_cores_can_multiply(
-    features: int, dtype: torch.dtype, rotation: int
+    features: int, dtype: torch.dtype, rotation: int, architecture: int
 ) -> None:
-    width = tiles.row_tile(features, dtype, rotation).constants["WIDTH"]
+    width = tiles.row_tile(architecture, features, dtype, rotation).constants["WIDTH"]
     assert width & (width - 1) == 0
     assert width % rotation == 0
     assert width >= 16 * max(rotation, 16)
