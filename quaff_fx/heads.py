@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from quaff_fx.sites import Site
@@ -29,9 +30,22 @@ class HeadLoss(nn.Module):
         logits = nn.functional.linear(x, weight, bias)
         for name, *numbers in steps:
             logits = getattr(logits, name)(*numbers)
-        return nn.functional.cross_entropy(
-            logits, labels, ignore_index=ignore_index, label_smoothing=label_smoothing, reduction="none"
-        )
+        return token_losses(logits, labels, ignore_index, label_smoothing)
+
+
+def token_losses(logits: Tensor, labels: Tensor, ignore_index: int, label_smoothing: float) -> Tensor:
+    """Returns `torch.nn.functional.cross_entropy` with ``reduction="none"``, of logits (T, N).
+
+    In a form whose gradient is one pass over the logits: what Inductor makes of the op itself adds up one-hot rows.
+    """
+    z = logits.float()
+    total = torch.logsumexp(z, dim=1)
+    is_label = torch.arange(z.shape[1], device=z.device) == labels.unsqueeze(1)
+    losses = total - torch.where(is_label, z, 0.0).sum(dim=1)
+    if label_smoothing:
+        losses = (1 - label_smoothing) * losses + label_smoothing * (total - z.mean(dim=1))
+    losses = torch.where(labels == ignore_index, 0.0, losses)
+    return losses if torch.is_autocast_enabled(z.device.type) else losses.to(logits.dtype)
 
 
 def defer_logits(sites: list[Site], compiled: Callable[..., Any] | None) -> None:

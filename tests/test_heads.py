@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import Gemma2Config, Gemma2ForCausalLM, PreTrainedModel
 
 import quaff_fx
+from quaff_fx import heads
 from quaff_fx.kernels.dispatch import kernels_of
 from quaff_fx.sites import HEAD_FEATURES
 from quaff_fx.weights import logits, owners
@@ -116,6 +117,7 @@ def test_nothing_as_large_as_the_logits_exists(
     monkeypatch.setattr(weight, "product", None)  # nobody computes the logits
     kernels = dataclasses.replace(kernels_of(torch.device("cpu")), logits_bytes=4 * part * VOCABULARY)
     monkeypatch.setattr(logits, "kernels_of", lambda _: kernels)
+    monkeypatch.setattr(logits, "EFFICIENT_PART", part)
     in_parts, _, outputs = step(model, tokens=40)
     assert whole == pytest.approx(in_parts, abs=1e-4)
     assert tokens == [part] * 5
@@ -237,3 +239,26 @@ def test_adapters_of_head_and_table(adapter: dict[str, Any], tied: bool) -> None
     rows = {row.name: row for row in quaff_fx.explain(model).rows}
     left_alone = {row.reason for row in rows.values() if row.stage == "float" and max(row.shape) == VOCABULARY}
     assert all(left_alone), "everything that is not int8 says why"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.3])
+def test_the_loss_of_tokens_is_torchs(dtype: torch.dtype, label_smoothing: float) -> None:
+    torch.manual_seed(0)
+    z = (4 * torch.randn(9, 50)).to(dtype)
+    z[1, :20], z[2, 7] = -torch.inf, 300.0
+    labels = torch.randint(20, 50, (9,))
+    labels[3] = -100
+    found, expected = (z.clone().requires_grad_() for _ in range(2))
+    options: dict[str, Any] = {"ignore_index": -100, "label_smoothing": label_smoothing}
+    losses = heads.token_losses(found, labels, **options)
+    wanted = torch.nn.functional.cross_entropy(expected, labels, reduction="none", **options)
+    assert losses.dtype == wanted.dtype
+    torch.testing.assert_close(losses, wanted)
+    losses.sum().backward()
+    wanted.sum().backward()
+    # In 16 bits torch rounds the log-probabilities that its gradient is made of.
+    tolerance = 1e-6 if dtype == torch.float32 else 4e-3
+    torch.testing.assert_close(
+        found.grad, expected.grad, atol=tolerance, rtol=2 * tolerance, equal_nan=bool(label_smoothing)
+    )

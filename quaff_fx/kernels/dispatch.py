@@ -33,7 +33,7 @@ class Kernels:
         launched_by_inductor: the functions launch Triton kernels. They are traced into a lowered graph, so that its
             compiled code launches the kernels itself.
         outlier_operand: dtype and columns that the quantizer gives the operand of O outliers of an activation.
-        logits_bytes: how many, in float32, a loss in parts may have at once.
+        logits_bytes: how many, in float32, a loss in parts may have at once where these are parts of many tokens.
         activation_max: Q where the config leaves it open: 127, or 63 where 8 bits are slow.
     """
 

@@ -21,8 +21,10 @@ Steps = tuple[tuple[Any, ...], ...]
 """What a model does to each logit: methods of a tensor, by name, each with its numbers: ``(("div", 30.0), ("tanh",))``.
 """
 
-SMALLEST_PART = 16
-"""Tokens. Parts have sizes of powers of two, so that few graphs are compiled; the last one is filled up."""
+SMALLEST_PART, EFFICIENT_PART = 16, 128
+"""Tokens. Parts have sizes of powers of two, so that few graphs are compiled; the last one is filled up. Below the
+second size a product spends its time on reading the weight, once for each part.
+"""
 
 
 class Head(Protocol):
@@ -428,6 +430,6 @@ def _same(tensor: Tensor) -> Tensor:
 def _parts(tokens: int, classes: int, device: torch.device) -> list[slice]:
     """Slices of the tokens; the last one may reach beyond them."""
     size = SMALLEST_PART
-    while size < tokens and 2 * size * classes * 4 <= kernels_of(device).logits_bytes:
+    while size < tokens and (size < EFFICIENT_PART or 8 * size * classes <= kernels_of(device).logits_bytes):
         size *= 2
     return [slice(start, start + size) for start in range(0, tokens, size)]
