@@ -45,6 +45,15 @@ def is_sharded(tensor: Tensor) -> bool:
     return isinstance(tensor, DTensor)
 
 
+def is_gathered_alone(modules: Iterable[nn.Module]) -> bool:
+    """Tells whether FSDP2 gathers the weights of one of these modules for its own forward, and no longer."""
+    if not is_initialized():
+        return False
+    from torch.distributed.fsdp import FSDPModule
+
+    return any(isinstance(module, FSDPModule) for module in modules)
+
+
 def whole(tensor: Tensor) -> Tensor:
     """Returns a tensor whole, on every process, if it is sharded (FSDP2 shards int8 weights)."""
     full: Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor

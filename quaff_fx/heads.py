@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from quaff_fx import distributed
 from quaff_fx.sites import Site
 from quaff_fx.weights import owners
 from quaff_fx.weights.logits import Steps
@@ -48,17 +50,21 @@ def token_losses(logits: Tensor, labels: Tensor, ignore_index: int, label_smooth
     return losses if torch.is_autocast_enabled(z.device.type) else losses.to(logits.dtype)
 
 
-def defer_logits(sites: list[Site], compiled: Callable[..., Any] | None) -> None:
-    """Makes the heads among quantized `sites` give logits that are computed where they are read; with None not.
+def defer_logits(model: nn.Module, sites: list[Site], compiled: Callable[..., Any] | None) -> None:
+    """Makes the heads among quantized `sites` of a model give logits that are computed where they are read.
 
     Args:
-        compiled: runs the ``quaff_forward`` of a module, (module, args, kwargs).
+        compiled: runs the ``quaff_forward`` of a module, (module, args, kwargs). None: they are always computed.
     """
     for site in sites:
         weight = owners.quantized_in(site.module).get(site.parameter)
         if weight is None or not site.is_head:
             continue
-        weight.defer_logits(None if compiled is None else _losses(HeadLoss(site), compiled))
+        if compiled is None:
+            weight.defer_logits(None)
+            continue
+        around = [m for m in model.modules() if m is not model and any(child is site.module for child in m.modules())]
+        weight.defer_logits(_losses(HeadLoss(site), compiled), partial(distributed.is_gathered_alone, around))
 
 
 def _losses(loss: HeadLoss, compiled: Callable[..., Any]) -> Callable[..., Tensor]:

@@ -323,7 +323,7 @@ class Stages:
             self._compiled = calls.compiled_forward(QuantizeBackend(self.graphs, calls.RECOMPILE_LIMIT))
             weights = [(s.weight_name, owners.quantized_in(s.module).get(s.parameter)) for s in self.active_sites()]
             self._int8 = [(name, weight) for name, weight in weights if weight is not None]
-            heads.defer_logits(self.active_sites(), self._compiled_loss())
+            heads.defer_logits(self.model, self.active_sites(), self._compiled_loss())
         for block in self.blocks:
             owners.set_block(block, True)
             block.__dict__[owners.RUN] = self.run_block

@@ -10,7 +10,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
-from transformers import Gemma2Config, Gemma2ForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM, PreTrainedModel
 
 import quaff_fx
 from quaff_fx import heads
@@ -262,3 +262,54 @@ def test_the_loss_of_tokens_is_torchs(dtype: torch.dtype, label_smoothing: float
     torch.testing.assert_close(
         found.grad, expected.grad, atol=tolerance, rtol=2 * tolerance, equal_nan=bool(label_smoothing)
     )
+
+
+def test_a_head_whose_weight_is_there_only_while_it_runs_computes_its_logits(
+    trained: tuple[nn.Module, nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """FSDP2 of the head alone frees what it has gathered after the head's own forward."""
+    _, model = trained
+    expected, expected_gradient, _ = step(model)
+    weight = owners.quantized_in(base_layer(model.get_output_embeddings()))["weight"]
+    assert not weight._is_gone_later()
+    monkeypatch.setattr(weight, "_is_gone_later", lambda: True)
+    loss, found, outputs = step(model)
+    assert type(outputs.logits) is Tensor
+    assert loss == pytest.approx(expected, abs=1e-4)
+    assert cosine(found, expected_gradient) > 0.9999
+
+
+def test_a_loss_that_torch_compiles_gets_the_logits(trained: tuple[nn.Module, nn.Module]) -> None:
+    _, model = trained
+    _, expected, _ = step(model)
+    model.zero_grad()
+
+    @torch.compile
+    def loss_of(z: Tensor) -> Tensor:
+        return torch.nn.functional.cross_entropy(z[:, :-1].flatten(0, 1), ids()[:, 1:].flatten())
+
+    loss_of(model(input_ids=ids()).logits.float()).backward()
+    assert cosine(gradient(model), expected) > 0.9999
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_head_is_loaded_as_int8_and_merged_into_its_files(tied: bool, tmp_path: Any) -> None:
+    def base() -> PreTrainedModel:
+        return llama(tie_word_embeddings=tied)
+
+    base().save_pretrained(tmp_path / "base")
+    model = quaff_fx.from_pretrained(AutoModelForCausalLM, tmp_path / "base", config=QUIET)
+    assert owners.states_of(model.lm_head)["weight"].is_int8
+    model = quaff_fx.compile(with_lora(model).train())
+    step(model)
+    loss, found, outputs = step(model)
+    expected_loss, expected, _ = step(with_lora(base()).train())
+    assert isinstance(outputs.logits, logits.Logits)
+    assert loss == pytest.approx(expected_loss, abs=2e-3)
+    assert cosine(found, expected) > 0.995
+    quaff_fx.merge_into_checkpoint(model, tmp_path / "base", tmp_path / "merged", progress=False)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert (merged.lm_head.weight is merged.model.embed_tokens.weight) == tied
+    wanted = with_lora(base()).merge_and_unload().state_dict()
+    for name, value in merged.state_dict().items():
+        assert torch.equal(value, wanted[name]), name

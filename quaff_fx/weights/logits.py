@@ -101,27 +101,7 @@ class Logits(Tensor):
     def __torch_function__(
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        kwargs = kwargs or {}
-        first = args[0] if args else None
-        if isinstance(first, cls):
-            if getattr(func, "__self__", None) in _METADATA or func in _METADATA:
-                with torch._C.DisableTorchFunctionSubclass():
-                    return func(*args, **kwargs)
-            if first._computed is None:
-                if func is nn.functional.cross_entropy and (loss := _cross_entropy(*args, **kwargs)) is not None:
-                    return loss
-                if (recipe := _follow(first, func, args[1:], kwargs)) is not None:
-                    return _made(recipe, first._family, (first, func, args, kwargs, torch.is_grad_enabled()))
-            if func in _WATCHES and first._family.has_loss and not _is_torchs_own(args[1:]):
-                raise WeightError(
-                    "logits: a loss was computed without them, expected no one who waits for their gradient: there is "
-                    "none. Compile with QuaffConfig(loss_without_logits=False)."
-                )
-        if _may_edit(func, kwargs):
-            for family in {id(a._family): a._family for a in (*args, *kwargs.values()) if isinstance(a, cls)}.values():
-                for member in list(family.members):
-                    _values_of(member)
-        return func(*_plain(args), **_plain(kwargs))
+        return _answer(func, args, kwargs or {})
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -134,6 +114,31 @@ class Logits(Tensor):
                 "Compile with QuaffConfig(loss_without_logits=False)."
             )
         return func(*_plain(args, detach=True), **_plain(kwargs or {}, detach=True))
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # a loss that is compiled on its own begins with what this gives
+def _answer(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Returns what a function of logits gives: a loss without them, logits again, or its result on computed ones."""
+    first = args[0] if args else None
+    if isinstance(first, Logits):
+        if getattr(func, "__self__", None) in _METADATA or func in _METADATA:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+        if first._computed is None:
+            if func is nn.functional.cross_entropy and (loss := _cross_entropy(*args, **kwargs)) is not None:
+                return loss
+            if (recipe := _follow(first, func, args[1:], kwargs)) is not None:
+                return _made(recipe, first._family, (first, func, args, kwargs, torch.is_grad_enabled()))
+        if func in _WATCHES and first._family.has_loss and not _is_torchs_own(args[1:]):
+            raise WeightError(
+                "logits: a loss was computed without them, expected no one who waits for their gradient: there is "
+                "none. Compile with QuaffConfig(loss_without_logits=False)."
+            )
+    if _may_edit(func, kwargs):
+        for family in {id(a._family): a._family for a in (*args, *kwargs.values()) if isinstance(a, Logits)}.values():
+            for member in list(family.members):
+                _values_of(member)
+    return func(*_plain(args), **_plain(kwargs))
 
 
 def can_be_deferred(x: Tensor, bias: Tensor | None) -> bool:

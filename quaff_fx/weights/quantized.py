@@ -64,6 +64,7 @@ class QuantizedWeight(Int8State):
 
     grad_outliers = 0
     _token_losses: Callable[..., Tensor] | None = None
+    _is_gone_later: Callable[[], bool]
 
     def __init__(self, weight: Tensor, in_dim: int, outliers: OutlierState, activation_max: int, rotation: int) -> None:
         matrix = as_matrix(weight.detach(), in_dim)
@@ -141,9 +142,15 @@ class QuantizedWeight(Int8State):
         super()._load_from_state_dict(*args)
         self.remember_values()
 
-    def defer_logits(self, token_losses: Callable[..., Tensor] | None) -> None:
-        """Makes products that train give `logits.Logits`, whose loss `token_losses` computes; with None none does."""
-        self._token_losses = token_losses
+    def defer_logits(
+        self, token_losses: Callable[..., Tensor] | None, is_gone_later: Callable[[], bool] = lambda: False
+    ) -> None:
+        """Makes products that train give `logits.Logits`, whose loss `token_losses` computes; with None none does.
+
+        Args:
+            is_gone_later: tells whether the weight is there only while its module runs; then none does either.
+        """
+        self._token_losses, self._is_gone_later = token_losses, is_gone_later
 
     def token_losses(self, *arguments: Any) -> Tensor:
         """Returns what `logits.Head` says."""
@@ -152,7 +159,7 @@ class QuantizedWeight(Int8State):
 
     def __getstate__(self) -> dict[str, Any]:
         # What is compiled belongs to this model: `Stages.install` gives a copy its own.
-        return {name: value for name, value in self.__dict__.items() if name != "_token_losses"}
+        return {name: value for name, value in self.__dict__.items() if name not in ("_token_losses", "_is_gone_later")}
 
     def __setstate__(self, values: dict[str, Any]) -> None:
         super().__setstate__(values)  # type: ignore[no-untyped-call]
@@ -187,8 +194,9 @@ class QuantizedWeight(Int8State):
 
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """Returns `product`, or of a head that trains `logits.Logits`, which compute it where they are read."""
-        is_deferred = self._token_losses is not None and logits.can_be_deferred(x, bias)
-        return logits.logits(self, x, bias) if is_deferred else self.product(x, bias)
+        if self._token_losses is None or self._is_gone_later() or not logits.can_be_deferred(x, bias):
+            return self.product(x, bias)
+        return logits.logits(self, x, bias)
 
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """Returns x Wᵀ + bias through the int8 product, differentiable; in training writes the next smoothing scale."""
