@@ -220,22 +220,22 @@ HEAD = frozenset({OUTSIDE})
 ARCHITECTURES = {
     "Llama": Architecture(lambda: lora(decoder("Llama")), causal_batch, 0.806, HEAD),
     "Phi-3": Architecture(lambda: lora(decoder("Phi3")), causal_batch, 0.824, HEAD),
-    "OPT": Architecture(opt, causal_batch, 0.8, HEAD),
-    "GPT-2 (Conv1D)": Architecture(gpt2, causal_batch, 0.847, HEAD),
+    "OPT": Architecture(opt, causal_batch, 0.8, frozenset({"tied to model.decoder.embed_tokens.weight"})),
+    "GPT-2 (Conv1D)": Architecture(gpt2, causal_batch, 0.847, frozenset({"tied to transformer.wte.weight"})),
     "Mistral": Architecture(lambda: lora(decoder("Mistral")), causal_batch, 0.806, HEAD),
     "Qwen3": Architecture(lambda: lora(decoder("Qwen3")), causal_batch, 0.806, HEAD),
     "Gemma 3": Architecture(
         lambda: lora(decoder("Gemma3", "Gemma3Text", query_pre_attn_scalar=12, sliding_window=16)),
         causal_batch,
         0.806,
-        HEAD,
+        frozenset({"tied to model.embed_tokens.weight"}),
     ),
     "Qwen3-MoE": Architecture(moe, causal_batch, 0.187, HEAD | {THREE_DIMENSIONS}),
     "BERT": Architecture(lambda: classifier("Bert"), classification_batch, 0.870, frozenset({OUTSIDE})),
     "RoBERTa": Architecture(
         lambda: classifier("Roberta", max_position_embeddings=66), classification_batch, 0.871, frozenset({OUTSIDE})
     ),
-    "T5": Architecture(t5, translation_batch, 0.849, HEAD),
+    "T5": Architecture(t5, translation_batch, 0.849, frozenset({"tied to shared.weight"})),
     "ViT": Architecture(
         vit, image_batch, 0.812, frozenset({OUTSIDE, THREE_DIMENSIONS, "weight has 4 dimensions, a linear's has 2"})
     ),
