@@ -45,13 +45,13 @@ def is_sharded(tensor: Tensor) -> bool:
     return isinstance(tensor, DTensor)
 
 
-def is_gathered_alone(modules: Iterable[nn.Module]) -> bool:
-    """Tells whether FSDP2 gathers the weights of one of these modules for its own forward, and no longer."""
-    if not is_initialized():
+def is_gathered_alone(module: nn.Module) -> bool:
+    """Tells whether FSDP2 gathers the weights of a module for its own forward, and no longer."""
+    if not torch.distributed.is_available():
         return False
     from torch.distributed.fsdp import FSDPModule
 
-    return any(isinstance(module, FSDPModule) for module in modules)
+    return isinstance(module, FSDPModule)
 
 
 def whole(tensor: Tensor) -> Tensor:

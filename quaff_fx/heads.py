@@ -63,8 +63,15 @@ def defer_logits(model: nn.Module, sites: list[Site], compiled: Callable[..., An
         if compiled is None:
             weight.defer_logits(None)
             continue
-        around = [m for m in model.modules() if m is not model and any(child is site.module for child in m.modules())]
-        weight.defer_logits(_losses(HeadLoss(site), compiled), partial(distributed.is_gathered_alone, around))
+        weight.defer_logits(_losses(HeadLoss(site), compiled), partial(_is_gathered_alone, model, site.module))
+
+
+def _is_gathered_alone(model: nn.Module, head: nn.Module) -> bool:
+    """Whether the weight of a head is there only while the head runs, or a module between it and the model."""
+    if not distributed.is_initialized():  # nor is a model to be looked into that is being unpickled
+        return False
+    around = (module for module in model.modules() if module is not model and distributed.is_gathered_alone(module))
+    return any(child is head for module in around for child in module.modules())
 
 
 def _losses(loss: HeadLoss, compiled: Callable[..., Any]) -> Callable[..., Tensor]:
