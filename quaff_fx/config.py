@@ -35,7 +35,8 @@ class QuaffConfig:
         share_activations: sites that read the same activation (q, k and v) share one outlier set, smoothing scale and
             quantized activation. None: where it costs no accuracy, that is with ``smoothing="split"``.
         loss_without_logits: the cross entropy of logits that nobody reads is computed in parts of some tokens, so that
-            they never exist as a whole. What reads them gets them, as ever; False computes them always.
+            they never exist as a whole. What reads them gets them, as ever; False computes them always, and so does
+            ``smoothing="momentum"``.
         include: patterns of module names whose frozen weights are quantized.
         exclude: patterns of module names that are left alone: ``("lm_head",)`` keeps a head in float.
         scope: ``"blocks"`` compiles the repeated blocks (decoder layers) in place, one graph for all;

@@ -40,7 +40,7 @@ def token_losses(logits: Tensor, labels: Tensor, ignore_index: int, label_smooth
 
     In a form whose gradient is one pass over the logits: what Inductor makes of the op itself adds up one-hot rows.
     """
-    z = logits.float()
+    z = logits.to(torch.promote_types(logits.dtype, torch.float32))
     total = torch.logsumexp(z, dim=1)
     is_label = torch.arange(z.shape[1], device=z.device) == labels.unsqueeze(1)
     losses = total - torch.where(is_label, z, 0.0).sum(dim=1)
@@ -50,20 +50,16 @@ def token_losses(logits: Tensor, labels: Tensor, ignore_index: int, label_smooth
     return losses if torch.is_autocast_enabled(z.device.type) else losses.to(logits.dtype)
 
 
-def defer_logits(model: nn.Module, sites: list[Site], compiled: Callable[..., Any] | None) -> None:
+def defer_logits(model: nn.Module, sites: list[Site], compiled: Callable[..., Any]) -> None:
     """Makes the heads among quantized `sites` of a model give logits that are computed where they are read.
 
     Args:
-        compiled: runs the ``quaff_forward`` of a module, (module, args, kwargs). None: they are always computed.
+        compiled: runs the ``quaff_forward`` of a module, (module, args, kwargs).
     """
     for site in sites:
         weight = owners.quantized_in(site.module).get(site.parameter)
-        if weight is None or not site.is_head:
-            continue
-        if compiled is None:
-            weight.defer_logits(None)
-            continue
-        weight.defer_logits(_losses(HeadLoss(site), compiled), partial(_is_gathered_alone, model, site.module))
+        if weight is not None and site.is_head:
+            weight.defer_logits(_losses(HeadLoss(site), compiled), partial(_is_gathered_alone, model, site.module))
 
 
 def _is_gathered_alone(model: nn.Module, head: nn.Module) -> bool:

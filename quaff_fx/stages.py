@@ -323,22 +323,16 @@ class Stages:
             self._compiled = calls.compiled_forward(QuantizeBackend(self.graphs, calls.RECOMPILE_LIMIT))
             weights = [(s.weight_name, owners.quantized_in(s.module).get(s.parameter)) for s in self.active_sites()]
             self._int8 = [(name, weight) for name, weight in weights if weight is not None]
-            heads.defer_logits(self.model, self.active_sites(), self._compiled_loss())
+            # With the paper's smoothing a loss in parts would see the activation in parts.
+            if self.config.loss_without_logits and self.config.smoothing == "split":
+                loss = calls.compiled_forward(QuantizeBackend(self.graphs, calls.RECOMPILE_LIMIT))
+                heads.defer_logits(self.model, self.active_sites(), loss)
         for block in self.blocks:
             owners.set_block(block, True)
             block.__dict__[owners.RUN] = self.run_block
         for module in self.callers:
             calls.install(module, self.run)
             module.__dict__[ATTRIBUTE] = self
-
-    def _compiled_loss(self) -> Callable[..., Any] | None:
-        """What runs the loss of a head; None if its logits are always computed.
-
-        With the paper's smoothing they are: a loss in parts would see the activation in parts.
-        """
-        if not self.config.loss_without_logits or self.config.smoothing != "split":
-            return None
-        return calls.compiled_forward(QuantizeBackend(self.graphs, calls.RECOMPILE_LIMIT))
 
     def uninstall(self) -> None:
         """Gives the model back with plain float weights and its own calls; dequantized if it was converted."""

@@ -134,10 +134,6 @@ def _answer(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
                 "logits: a loss was computed without them, expected no one who waits for their gradient: there is "
                 "none. Compile with QuaffConfig(loss_without_logits=False)."
             )
-    if _may_edit(func, kwargs):
-        for family in {id(a._family): a._family for a in (*args, *kwargs.values()) if isinstance(a, Logits)}.values():
-            for member in list(family.members):
-                _values_of(member)
     return func(*_plain(args), **_plain(kwargs))
 
 
@@ -197,20 +193,29 @@ class _Once(torch.autograd.Function):
 
 
 def _values_of(logits: Logits) -> Tensor:
-    """Returns the logits themselves, with their graph, computed once."""
+    """Returns the logits themselves, with their graph, computed once.
+
+    All views and copies of them are computed with them, so that from then on an edit of one is seen by those that torch
+    shows it to, however it is made.
+    """
+    # Not saved by the forward that reads them first (checkpointing), which may read them again and save nothing.
+    with torch.autograd.graph.saved_tensors_hooks(_same, _same):
+        for member in [] if logits._computed is not None else list(logits._family.members):
+            _compute(member)
+        return _compute(logits)
+
+
+def _compute(logits: Logits) -> Tensor:
     if logits._computed is None:
-        recipe = logits._recipe
-        # Not saved by the forward that reads them first (checkpointing), which may read them again and save nothing.
-        with torch.autograd.graph.saved_tensors_hooks(_same, _same):
-            if logits._origin is None:
-                _check_unchanged(recipe)
-                with torch.enable_grad():
-                    logits._computed = recipe.values(recipe.x)
-            else:
-                origin, func, args, kwargs, has_grad = logits._origin
-                values = _values_of(origin)
-                with torch.set_grad_enabled(has_grad):
-                    logits._computed = func(values, *args[1:], **kwargs)
+        if logits._origin is None:
+            _check_unchanged(logits._recipe)
+            with torch.enable_grad():
+                logits._computed = logits._recipe.values(logits._recipe.x)
+        else:
+            origin, func, args, kwargs, has_grad = logits._origin
+            values = _compute(origin)
+            with torch.set_grad_enabled(has_grad):
+                logits._computed = func(values, *args[1:], **kwargs)
     return logits._computed
 
 
@@ -329,16 +334,6 @@ def _takes_rows(index: Any, ndim: int) -> bool:
         return taken < ndim
     reaches_last = Ellipsis in items or taken == ndim
     return not reaches_last or (type(items[-1]) is slice and items[-1] == slice(None))
-
-
-_EDITING_OPERATORS = {f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "floordiv", "pow", "mod", "matmul")}
-
-
-def _may_edit(func: Any, kwargs: dict[str, Any]) -> bool:
-    name = getattr(func, "__name__", "")
-    is_setter = name == "__set__"
-    ends = (name.endswith("_") and not name.endswith("__")) or name in _EDITING_OPERATORS or name == "__setitem__"
-    return ends or is_setter or kwargs.get("out") is not None or bool(kwargs.get("inplace"))
 
 
 def _is_torchs_own(args: tuple[Any, ...]) -> bool:

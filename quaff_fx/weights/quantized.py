@@ -142,10 +142,8 @@ class QuantizedWeight(Int8State):
         super()._load_from_state_dict(*args)
         self.remember_values()
 
-    def defer_logits(
-        self, token_losses: Callable[..., Tensor] | None, is_gone_later: Callable[[], bool] = lambda: False
-    ) -> None:
-        """Makes products that train give `logits.Logits`, whose loss `token_losses` computes; with None none does.
+    def defer_logits(self, token_losses: Callable[..., Tensor], is_gone_later: Callable[[], bool]) -> None:
+        """Makes products that train give `logits.Logits`, whose loss `token_losses` computes.
 
         Args:
             is_gone_later: tells whether the weight is there only while its module runs; then none does either.
@@ -194,7 +192,7 @@ class QuantizedWeight(Int8State):
 
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """Returns `product`, or of a head that trains `logits.Logits`, which compute it where they are read."""
-        if self._token_losses is None or self._is_gone_later() or not logits.can_be_deferred(x, bias):
+        if self._token_losses is None or not logits.can_be_deferred(x, bias) or self._is_gone_later():
             return self.product(x, bias)
         return logits.logits(self, x, bias)
 

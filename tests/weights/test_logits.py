@@ -151,6 +151,13 @@ def viewed_then_edited(z: Tensor) -> Tensor:
     return torch.cat([view.flatten(), copied.float().flatten(), z.flatten()])
 
 
+def edited_below(z: Tensor, y: Tensor, edit: Callable[[Tensor], Any]) -> Tensor:
+    """A view of before an edit that no function of the logits makes, and what is copied before it."""
+    view, copied = z[:, :-1], z.double()
+    edit(z)
+    return F.cross_entropy(view.flatten(0, 1), y[:, 1:].flatten()) + copied.float().sum()
+
+
 def counted_first(z: Tensor, y: Tensor) -> Tensor:
     with torch.no_grad():
         z.argmax(-1)
@@ -197,6 +204,9 @@ WITH_LOGITS: dict[str, Callable[[Tensor, Tensor], Any]] = {
     "masked_fill_": lambda z, y: edited(z, lambda z: z[:, 1:].masked_fill_(y[:, 1:, None] == -100, 0.0)),
     "out": lambda z, y: torch.add(z.detach(), 1, out=torch.empty(2, 5, CLASSES)),
     "views and copies edited": lambda z, y: viewed_then_edited(z),
+    "data edited": lambda z, y: edited_below(z, y, lambda z: z.data.mul_(0.5)),
+    "detached ones edited": lambda z, y: edited_below(z, y, lambda z: z.detach()[..., 3:].fill_(-2.0)),
+    "edited by position": lambda z, y: edited_below(z, y, lambda z: F.hardtanh(z.detach(), -1.0, 1.0, True)),
     "edited before the loss": lambda z, y: F.cross_entropy(flat(z.mul_(2)), y.flatten()),
     "read without gradients first": counted_first,
     "read, then the loss": lambda z, y: z.logsumexp(-1).square().mean() + F.cross_entropy(flat(z), y.flatten()),
